@@ -1,0 +1,214 @@
+"""The cluster from the first contact with its workers to serving, and what operators see of it."""
+
+import asyncio
+import contextlib
+import enum
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+
+from coordinator.block_manager import BlockManager
+from coordinator.config import CoordinatorConfig
+from coordinator.engine import Engine, ModelLimits
+from coordinator.model_spec import ModelSpec, model_spec
+from coordinator.scheduler import Scheduler
+from coordinator.shard_group import ShardGroup
+from coordinator.shard_plan import ShardPlan, make_plan
+from coordinator.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+STATUS_TIMEOUT_S = 2.0
+
+
+class State(enum.Enum):
+    CONNECTING = "connecting"
+    JOINING = "joining"
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model on disk, its weights unread."""
+
+    path: Path
+    config_json: str
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelFolder":
+        """Reads config and tokenizer; ValueError naming what is missing or not supported."""
+        file = path / CONFIG_FILE
+        if not file.is_file():
+            raise InvalidArgument("model", str(path), f"is no folder with a {CONFIG_FILE}")
+        text = file.read_text()
+        spec = model_spec(parse_config(text))
+        if (generation := path / "generation_config.json").is_file():
+            # Chat models often end their turns with a token that only this file names.
+            ids = parse_config(generation.read_text()).get("eos_token_id")
+            listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            spec = replace(spec, eos_token_ids=tuple({*spec.eos_token_ids, *listed}))
+        return cls(path.resolve(), text, spec, Tokenizer.load(path))
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The object of a config.json; InvalidArgument where the text is none."""
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument("config_json", text, str(error)) from error
+    if not isinstance(config, dict):
+        raise InvalidArgument("config_json", text, "is no JSON object")
+    return config
+
+
+class Cluster:
+    """One model on one group of workers."""
+
+    def __init__(self, config: CoordinatorConfig, model: ModelFolder, group: ShardGroup) -> None:
+        self.config = config
+        self.model = model
+        self.group = group
+        self.state = State.CONNECTING
+        self.error = ""
+        self.plan: ShardPlan | None = None
+        self.scheduler: Scheduler | None = None
+        self.engine_or_none: Engine | None = None
+        self._limits: ModelLimits | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine while the cluster serves; Unavailable, with a time to retry, before and after."""
+        if self.engine_or_none is None or self.state is not State.SERVING:
+            raise Unavailable(
+                f"the cluster is {self.state.value}" + (f": {self.error}" if self.error else ""),
+                reason="NOT_SERVING",
+                retry_after_s=1.0,
+            )
+        return self.engine_or_none
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and completion together; known before the cluster serves."""
+        if self._limits is not None:
+            return self._limits.context_length
+        limit = self.model.spec.max_position_embeddings
+        return min(limit, self.config.max_model_len or limit)
+
+    async def run(self) -> None:
+        """Brings the cluster up and steps it until cancelled; a failure is kept in `error`."""
+        try:
+            engine = await self._start()
+            self._set_state(State.SERVING)
+            await engine.run()
+        except (ServiceError, ValueError) as error:
+            self.error = str(error)
+            log.error("the cluster failed: %s", error)
+            self._set_state(State.FAILED)
+            await self.group.abort()
+            raise
+
+    async def _start(self) -> Engine:
+        config, spec = self.config, self.model.spec
+        descriptions = await self.group.describe(config.startup_timeout_s)
+        self.group.check_versions()
+        for status in self.group.statuses:
+            supported = status.description.supported_architectures if status.description else ()
+            if spec.architecture not in supported:
+                raise FailedPrecondition(
+                    f"worker {status.rank} ({status.address}) supports {', '.join(supported)}, "
+                    f"not {spec.architecture}"
+                )
+        weights = config.memory_weights
+        if config.memory_weighted:
+            weights = tuple(float(d.memory_available_bytes) for d in descriptions)
+        self.plan = make_plan(
+            spec, self.group.size, dtype=config.dtype, memory_weights=weights
+        )
+        num_blocks, self._limits = self._size_cache(self.plan)
+
+        self._set_state(State.JOINING)
+        await self.group.join(self.group.choose_transport(config.transport))
+        self._set_state(State.LOADING)
+        await self.group.load(
+            self.model.path, self.model.config_json, self.plan, self._notify
+        )
+        await self.group.allocate(num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, config.block_size),
+            max_batched_tokens=config.max_batched_tokens,
+            max_running=config.max_running,
+        )
+        self.engine_or_none = Engine(
+            self.group,
+            self.scheduler,
+            self._limits,
+            self.model.tokenizer,
+            run_ahead=config.run_ahead,
+        )
+        return self.engine_or_none
+
+    def _size_cache(self, plan: ShardPlan) -> tuple[int, ModelLimits]:
+        """Blocks of the KV cache, which the rank with the most KV heads decides, and the context."""
+        config, spec = self.config, self.model.spec
+        block_bytes = config.block_size * max(r.kv_bytes_per_token for r in plan.ranks)
+        num_blocks = config.kv_cache_bytes // block_bytes
+        if num_blocks < 1:
+            raise InvalidArgument(
+                "kv_cache_mib",
+                config.kv_cache_bytes / 2**20,
+                f"a block of {config.block_size} tokens takes {block_bytes} bytes on a rank",
+            )
+        context = spec.max_position_embeddings
+        if config.max_model_len is not None:
+            if config.max_model_len > context:
+                raise InvalidArgument(
+                    "max_model_len", config.max_model_len, f"the model's context is {context}"
+                )
+            context = config.max_model_len
+        # Sequences that fill the batch with whole contexts are all the cache could be used for.
+        most = config.max_running * -(-context // config.block_size)
+        num_blocks = config.num_blocks or min(num_blocks, most)
+        context = min(context, num_blocks * config.block_size)
+        return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids)
+
+    def _set_state(self, state: State) -> None:
+        self.state = state
+        log.info("the cluster is %s", state.value)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def refresh(self) -> None:
+        """Asks every worker for its state of now."""
+        await self.group.refresh(STATUS_TIMEOUT_S)
+
+    async def changes(self, interval_s: float | None) -> AsyncIterator[None]:
+        """Yields at once, then after each change and after `interval_s` seconds without one."""
+        while True:
+            changed = self._changed
+            yield
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await changed.wait()
+
+    async def stop(self) -> None:
+        """Ends the epoch, so that the workers are free for another coordinator."""
+        if self.state is not State.FAILED:
+            self._set_state(State.STOPPED)
+            if self.group.epoch:
+                await self.group.abort()
+        await self.group.close()

@@ -1,0 +1,136 @@
+"""The settings of a coordinator process. Nothing below this reads flags or the environment."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """`workers` are addresses host:port by rank; sizes are in bytes and tokens, times in seconds."""
+
+    model: Path
+    served_model_name: str
+    workers: tuple[str, ...]
+    host: str
+    grpc_port: int
+    dtype: str | None
+    transport: str | None
+    memory_weights: tuple[float, ...] | None
+    memory_weighted: bool
+    kv_cache_bytes: int
+    num_blocks: int | None
+    block_size: int
+    max_model_len: int | None
+    max_batched_tokens: int
+    max_running: int
+    run_ahead: int
+    startup_timeout_s: float
+    step_timeout_s: float
+    log_level: str
+    port_file: Path | None = None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="colrow coordinator",
+        description="The coordinator: plans the shards of a model, drives the workers and serves "
+        "users over gRPC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="model folder, readable by every worker")
+    add("--served-model-name", help="id that clients see (default: the folder's name)")
+    add(
+        "--workers",
+        required=True,
+        help="worker addresses host:port, comma separated; their order is their rank",
+    )
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--grpc-port", type=int, default=50051, help="port to listen on; 0 takes any")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the checkpoint's")
+    add(
+        "--transport",
+        choices=("auto", "shm", "gloo"),
+        default="auto",
+        help="how workers exchange activations; auto is shared memory where they share a host",
+    )
+    add(
+        "--memory-weights",
+        help="relative shares of the model by rank, comma separated; 'auto' takes each worker's "
+        "available memory (default: equal shares)",
+    )
+    add("--kv-cache-mib", type=int, default=512, help="KV cache of each rank, at most")
+    add("--num-blocks", type=int, help="blocks of KV cache (default: what --kv-cache-mib holds)")
+    add("--block-size", type=int, default=16, help="tokens in a block of KV cache")
+    add("--max-model-len", type=int, help="context length in tokens (default: the model's)")
+    add("--max-batched-tokens", type=int, default=1024, help="tokens in a step, at most")
+    add("--max-running", type=int, default=64, help="sequences in a step, at most")
+    add("--run-ahead", type=int, default=2, help="steps sent before the oldest one is read")
+    add("--startup-timeout", type=float, default=300.0, help="seconds for workers to come up")
+    add("--step-timeout", type=float, default=60.0, help="seconds after which a step has failed")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add(
+        "--port-file", type=Path, help="file to write the port to once it is bound, for --grpc-port 0"
+    )
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
+    """The configuration that command line flags describe; ends the process on a wrong flag."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    positive = (
+        "kv_cache_mib",
+        "num_blocks",
+        "block_size",
+        "max_model_len",
+        "max_batched_tokens",
+        "max_running",
+        "run_ahead",
+        "startup_timeout",
+        "step_timeout",
+    )
+    for name in positive:
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: is not positive")
+    if not 0 <= flags.grpc_port <= 65535:
+        parser.error(f"--grpc-port {flags.grpc_port}: is not in [0, 65535]")
+    workers = tuple(address.strip() for address in flags.workers.split(","))
+    for address in workers:
+        if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
+            parser.error(f"--workers {address!r}: is no host:port")
+    if len(set(workers)) != len(workers):
+        parser.error(f"--workers {flags.workers}: an address stands there twice")
+    weights = None
+    if flags.memory_weights not in (None, "auto"):
+        try:
+            weights = tuple(float(weight) for weight in flags.memory_weights.split(","))
+        except ValueError:
+            parser.error(f"--memory-weights {flags.memory_weights!r}: is neither auto nor numbers")
+    return CoordinatorConfig(
+        model=flags.model,
+        served_model_name=flags.served_model_name or flags.model.resolve().name,
+        workers=workers,
+        host=flags.host,
+        grpc_port=flags.grpc_port,
+        dtype=None if flags.dtype == "auto" else flags.dtype,
+        transport=None if flags.transport == "auto" else flags.transport,
+        memory_weights=weights,
+        memory_weighted=flags.memory_weights == "auto",
+        kv_cache_bytes=flags.kv_cache_mib * 2**20,
+        num_blocks=flags.num_blocks,
+        block_size=flags.block_size,
+        max_model_len=flags.max_model_len,
+        max_batched_tokens=flags.max_batched_tokens,
+        max_running=flags.max_running,
+        run_ahead=flags.run_ahead,
+        startup_timeout_s=flags.startup_timeout,
+        step_timeout_s=flags.step_timeout,
+        log_level=flags.log_level,
+        port_file=flags.port_file,
+    )

@@ -1,0 +1,424 @@
+"""Between the contract's messages and the coordinator's own types; protobuf stops here."""
+
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from colrow import __version__
+from colrow.errors import InvalidArgument
+from colrow.v1 import (
+    control_service_pb2,
+    inference_service_pb2,
+    sampling_pb2,
+    shard_plan_pb2,
+    shard_worker_service_pb2,
+    tensor_pb2,
+)
+
+from coordinator.cluster import Cluster, State
+from coordinator.engine import Output, SamplingRequest
+from coordinator.model_spec import Axis, Combine, ParameterSpec
+from coordinator.run_layer import LayerRun, ModuleRun
+from coordinator.scheduler import Step
+from coordinator.sequence import FinishReason
+from coordinator.shard_group import OpStats, Partial, WorkerDescription, WorkerStatus
+from coordinator.shard_plan import ShardPlan
+from coordinator.tokenizer import ChatMessage, Tokenizer
+
+_worker_pb = shard_worker_service_pb2
+_control_pb = control_service_pb2
+_inference_pb = inference_service_pb2
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _inverse(values: dict[K, V]) -> dict[V, K]:
+    return {value: key for key, value in values.items()}
+
+
+_DTYPE_VALUES = {
+    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
+    "bfloat16": tensor_pb2.DATA_TYPE_BFLOAT16,
+    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
+}
+_DTYPES = _inverse(_DTYPE_VALUES)
+_ARRAY_TYPES = {
+    tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+}
+_AXIS_VALUES = {
+    Axis.Q_HEADS: shard_plan_pb2.AXIS_Q_HEADS,
+    Axis.KV_HEADS: shard_plan_pb2.AXIS_KV_HEADS,
+    Axis.MLP: shard_plan_pb2.AXIS_MLP,
+    Axis.VOCAB: shard_plan_pb2.AXIS_VOCAB,
+}
+_COMBINE_VALUES = {
+    Combine.CONCAT: shard_plan_pb2.COMBINE_CONCAT,
+    Combine.SUM: shard_plan_pb2.COMBINE_SUM,
+    Combine.REPLICATE: shard_plan_pb2.COMBINE_REPLICATE,
+}
+_COMBINES = _inverse(_COMBINE_VALUES)
+_TRANSPORT_VALUES = {
+    "single": _worker_pb.TRANSPORT_SINGLE,
+    "shm": _worker_pb.TRANSPORT_SHARED_MEMORY,
+    "gloo": _worker_pb.TRANSPORT_GLOO,
+}
+_TRANSPORTS = _inverse(_TRANSPORT_VALUES)
+_WORKER_STATE_VALUES = {
+    "idle": _worker_pb.WORKER_STATE_IDLE,
+    "joined": _worker_pb.WORKER_STATE_JOINED,
+    "loading": _worker_pb.WORKER_STATE_LOADING,
+    "loaded": _worker_pb.WORKER_STATE_LOADED,
+    "ready": _worker_pb.WORKER_STATE_READY,
+}
+_WORKER_STATES = _inverse(_WORKER_STATE_VALUES)
+_STATE_VALUES = {
+    State.CONNECTING: _control_pb.CLUSTER_STATE_CONNECTING,
+    State.JOINING: _control_pb.CLUSTER_STATE_JOINING,
+    State.LOADING: _control_pb.CLUSTER_STATE_LOADING,
+    State.SERVING: _control_pb.CLUSTER_STATE_SERVING,
+    State.FAILED: _control_pb.CLUSTER_STATE_FAILED,
+    State.STOPPED: _control_pb.CLUSTER_STATE_STOPPED,
+}
+_FINISH_VALUES = {
+    None: _inference_pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: _inference_pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: _inference_pb.FINISH_REASON_LENGTH,
+}
+
+
+# Users' side
+
+
+def sampling(message: sampling_pb2.SamplingParams) -> SamplingRequest:
+    """Unset fields take the defaults of `SamplingRequest`; those are the contract's."""
+    names = ("temperature", "top_k", "top_p", "seed")
+    return SamplingRequest(
+        **{name: getattr(message, name) for name in names if message.HasField(name)}
+    )
+
+
+def prompt(request: _inference_pb.GenerateRequest, tokenizer: Tokenizer | None) -> list[int]:
+    """The token ids of a request's prompt."""
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids":
+        return list(request.token_ids.ids)
+    if kind == "text":
+        return text_ids(request.text, tokenizer)
+    if kind == "chat":
+        return chat_ids(request.chat, tokenizer)
+    raise InvalidArgument("prompt", None, "set text, token_ids or chat")
+
+
+def text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    return need(tokenizer).encode(text)
+
+
+def chat_ids(chat: _inference_pb.Chat, tokenizer: Tokenizer | None) -> list[int]:
+    if not chat.messages:
+        raise InvalidArgument("chat.messages", [], "is empty")
+    return need(tokenizer).encode_chat(ChatMessage(m.role, m.content) for m in chat.messages)
+
+
+def need(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of the model; InvalidArgument where it has none."""
+    if tokenizer is None:
+        raise InvalidArgument("prompt", "text", "the model has no tokenizer; send token_ids")
+    return tokenizer
+
+
+def generate_response(
+    request_id: str, output: Output, usage: tuple[int, int]
+) -> _inference_pb.GenerateResponse:
+    """`usage` is prompt and completion tokens; it goes with the last response."""
+    response = _inference_pb.GenerateResponse(
+        request_id=request_id,
+        text=output.text,
+        token_ids=output.token_ids,
+        finish_reason=_FINISH_VALUES[output.finish_reason],
+    )
+    if output.finish_reason is not None:
+        response.usage.prompt_tokens, response.usage.completion_tokens = usage
+    return response
+
+
+def model_response(cluster: Cluster) -> _inference_pb.GetModelResponse:
+    spec, tokenizer = cluster.model.spec, cluster.model.tokenizer
+    return _inference_pb.GetModelResponse(
+        model=cluster.config.served_model_name,
+        family=spec.family,
+        architecture=spec.architecture,
+        data_type=_DTYPE_VALUES[cluster.config.dtype or spec.dtype],
+        context_length=cluster.context_length,
+        vocab_size=spec.vocab_size,
+        tp_size=cluster.group.size,
+        eos_token_ids=spec.eos_token_ids,
+        has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+        num_parameters=sum(parameter.numel for parameter in spec.parameters),
+    )
+
+
+# Operators' side
+
+
+def dtype(value: int) -> str | None:
+    """The name of a model's data type; None where it is not set."""
+    if value == tensor_pb2.DATA_TYPE_UNSPECIFIED:
+        return None
+    if value not in _DTYPES:
+        raise InvalidArgument("data_type", value, f"is none of {', '.join(_DTYPE_VALUES)}")
+    return _DTYPES[value]
+
+
+def plan_message(plan: ShardPlan) -> shard_plan_pb2.ShardPlan:
+    spec = plan.spec
+    return shard_plan_pb2.ShardPlan(
+        family=spec.family,
+        architecture=spec.architecture,
+        tp_size=plan.tp_size,
+        data_type=_DTYPE_VALUES[plan.dtype],
+        ranks=_rank_messages(plan),
+        checkpoint_bytes=plan.checkpoint_bytes,
+        replicated_bytes=plan.replicated_bytes,
+        all_reduce_bytes_per_token=plan.all_reduce_bytes_per_token,
+        all_reduce_bytes_per_token_per_layer=plan.all_reduce_bytes_per_token_per_layer,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_q_heads=spec.num_q_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        intermediate_size=spec.intermediate_size,
+        vocab_size=spec.vocab_size,
+    )
+
+
+def _rank_messages(plan: ShardPlan) -> list[shard_plan_pb2.RankShard]:
+    return [
+        shard_plan_pb2.RankShard(
+            rank=shard.rank,
+            ranges=[
+                shard_plan_pb2.AxisRange(axis=_AXIS_VALUES[axis], start=r.start, stop=r.stop)
+                for axis, r in shard.ranges.items()
+            ],
+            weight_bytes=shard.weight_bytes,
+            kv_bytes_per_token=shard.kv_bytes_per_token,
+            logits_bytes_per_sampled_token=plan.logits_bytes_per_sampled_token(shard.rank),
+        )
+        for shard in plan.ranks
+    ]
+
+
+def _parameter_message(parameter: ParameterSpec) -> shard_plan_pb2.Parameter:
+    return shard_plan_pb2.Parameter(
+        name=parameter.name,
+        shape=parameter.shape,
+        split_dim=parameter.split_dim,
+        sections=[
+            shard_plan_pb2.Section(
+                axis=_AXIS_VALUES[s.axis], units=s.units, unit_size=s.unit_size
+            )
+            for s in parameter.sections
+        ],
+        combine=_COMBINE_VALUES[parameter.combine],
+    )
+
+
+def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
+    message = _control_pb.Cluster(
+        state=_STATE_VALUES[cluster.state],
+        error=cluster.error,
+        epoch=cluster.group.epoch,
+        model=cluster.config.served_model_name,
+        version=__version__,
+        transport=transport_value(cluster.group.transport),
+        workers=[_status_message(status) for status in cluster.group.statuses],
+    )
+    if cluster.plan is not None:
+        message.plan.CopyFrom(plan_message(cluster.plan))
+    if cluster.scheduler is not None:
+        scheduler, engine = cluster.scheduler, cluster.engine_or_none
+        message.scheduler.CopyFrom(
+            _control_pb.SchedulerStatus(
+                waiting=len(scheduler.waiting),
+                running=len(scheduler.running),
+                kv_blocks_total=scheduler.blocks.num_blocks,
+                kv_blocks_used=scheduler.blocks.num_used,
+                block_size=scheduler.blocks.block_size,
+                steps=scheduler.num_steps,
+                prompt_tokens=engine.num_prompt_tokens if engine else 0,
+                generated_tokens=engine.num_generated_tokens if engine else 0,
+                preemptions=scheduler.num_preemptions,
+            )
+        )
+    return message
+
+
+def _status_message(status: WorkerStatus) -> _control_pb.WorkerStatus:
+    message = _control_pb.WorkerStatus(
+        address=status.address,
+        rank=status.rank,
+        bytes_read=status.progress.bytes_read,
+        bytes_to_read=status.progress.bytes_to_read,
+        last_step_id=status.last_step_id,
+    )
+    if status.description is not None:
+        message.description.CopyFrom(_description_message(status.description))
+    return message
+
+
+# A worker's description has the same fields on both sides, but for these.
+_PLAIN_FIELDS = (
+    "version",
+    "host_id",
+    "pid",
+    "device",
+    "memory_total_bytes",
+    "memory_available_bytes",
+    "epoch",
+    "rank",
+    "size",
+    "weight_bytes",
+    "kv_cache_bytes",
+    "resident_bytes",
+    "file_bytes_read",
+)
+
+
+def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescription:
+    return WorkerDescription(
+        **{name: getattr(message, name) for name in _PLAIN_FIELDS},
+        state=_WORKER_STATES.get(message.state, "unknown"),
+        transport=_TRANSPORTS.get(message.transport),
+        communication=tuple(
+            OpStats(s.operation, s.calls, s.payload_bytes) for s in message.communication
+        ),
+        supported_architectures=tuple(message.supported_architectures),
+    )
+
+
+def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescription:
+    return _worker_pb.WorkerDescription(
+        **{name: getattr(worker, name) for name in _PLAIN_FIELDS},
+        state=_WORKER_STATE_VALUES.get(worker.state, _worker_pb.WORKER_STATE_UNSPECIFIED),
+        transport=transport_value(worker.transport),
+        communication=[
+            _worker_pb.CommunicationStats(
+                operation=s.operation, calls=s.calls, payload_bytes=s.payload_bytes
+            )
+            for s in worker.communication
+        ],
+        supported_architectures=worker.supported_architectures,
+    )
+
+
+def layer_response(layer_run: LayerRun) -> _control_pb.RunLayerResponse:
+    return _control_pb.RunLayerResponse(
+        runs=[_module_run(run) for run in layer_run.runs],
+        output=tensor_message(layer_run.output),
+    )
+
+
+def _module_run(run: ModuleRun) -> _control_pb.ModuleRun:
+    return _control_pb.ModuleRun(
+        module=run.module,
+        combine=_COMBINE_VALUES[run.combine],
+        input=tensor_message(run.input),
+        partials=[
+            _control_pb.PartialOutput(
+                rank=partial.rank,
+                output=tensor_message(partial.output),
+                columns=[_worker_pb.ColumnRange(start=a, stop=b) for a, b in partial.columns],
+            )
+            for partial in run.partials
+        ],
+        output=tensor_message(run.output),
+    )
+
+
+# Workers' side
+
+
+def transport_value(transport: str | None) -> _worker_pb.Transport:
+    if transport is None:
+        return _worker_pb.TRANSPORT_UNSPECIFIED
+    return _TRANSPORT_VALUES[transport]
+
+
+def load_request(
+    epoch: int, folder: Path, config_json: str, plan: ShardPlan
+) -> _worker_pb.LoadShardRequest:
+    return _worker_pb.LoadShardRequest(
+        epoch=epoch,
+        model_path=str(folder),
+        config_json=config_json,
+        data_type=_DTYPE_VALUES[plan.dtype],
+        parameters=[_parameter_message(parameter) for parameter in plan.spec.parameters],
+        ranks=_rank_messages(plan),
+        ignored_keys=plan.spec.ignored,
+        optional_prefix=plan.spec.optional_prefix,
+    )
+
+
+def step_request(epoch: int, step: Step) -> _worker_pb.ExecuteStepsRequest:
+    return _worker_pb.ExecuteStepsRequest(
+        epoch=epoch,
+        step_id=step.step_id,
+        finished_sequence_ids=step.finished,
+        new_sequences=[
+            _worker_pb.NewSequence(
+                sequence_id=new.sequence.sequence_id,
+                token_ids=new.token_ids,
+                num_prompt_tokens=len(new.sequence.prompt),
+                sampling=_worker_pb.StepSampling(
+                    temperature=new.sequence.sampling.temperature,
+                    top_k=new.sequence.sampling.top_k,
+                    top_p=new.sequence.sampling.top_p,
+                    seed=new.sequence.sampling.seed,
+                ),
+            )
+            for new in step.new_sequences
+        ],
+        chunks=[
+            _worker_pb.ScheduledChunk(
+                sequence_id=chunk.sequence.sequence_id,
+                num_tokens=chunk.num_tokens,
+                new_block_ids=chunk.new_block_ids,
+            )
+            for chunk in step.chunks
+        ],
+    )
+
+
+def tensor_message(array: np.ndarray) -> tensor_pb2.Tensor:
+    """A float array as float32, an integer one as int64."""
+    kind = (
+        tensor_pb2.DATA_TYPE_INT64 if array.dtype.kind == "i" else tensor_pb2.DATA_TYPE_FLOAT32
+    )
+    data = np.ascontiguousarray(array, dtype=_ARRAY_TYPES[kind])
+    return tensor_pb2.Tensor(data_type=kind, shape=data.shape, data=data.tobytes())
+
+
+def array(message: tensor_pb2.Tensor, field: str) -> np.ndarray:
+    """The array of a message; InvalidArgument where its bytes don't fit its shape."""
+    if message.data_type not in _ARRAY_TYPES:
+        raise InvalidArgument(f"{field}.data_type", message.data_type, "send float32 or int64")
+    kind = _ARRAY_TYPES[message.data_type]
+    expected = prod(message.shape) * kind.itemsize
+    if expected == 0 or len(message.data) != expected:
+        raise InvalidArgument(
+            f"{field}.data",
+            f"{len(message.data)} bytes",
+            f"shape {list(message.shape)} takes {expected}; it must not be empty",
+        )
+    return np.frombuffer(message.data, dtype=kind).reshape(tuple(message.shape))
+
+
+def partial(response: _worker_pb.ComputePartialResponse) -> Partial:
+    return Partial(
+        rank=response.rank,
+        output=array(response.output, "output"),
+        combine=_COMBINES[response.combine],
+        columns=tuple((c.start, c.stop) for c in response.columns),
+    )

@@ -1,0 +1,170 @@
+"""`InferenceService` and `ControlService`: thin edges over the cluster and its engine."""
+
+import uuid
+from collections.abc import AsyncIterator
+
+import grpc
+from colrow.errors import InvalidArgument, NotFound
+from colrow.rpc import Server
+from colrow.v1 import (
+    control_service_pb2,
+    control_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+)
+
+from coordinator import convert, run_layer
+from coordinator.cluster import Cluster, parse_config
+from coordinator.model_spec import model_spec
+from coordinator.shard_plan import make_plan
+
+_inference_pb = inference_service_pb2
+_control_pb = control_service_pb2
+
+SERVICES = (
+    _inference_pb.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    _control_pb.DESCRIPTOR.services_by_name["ControlService"].full_name,
+)
+
+MAX_PLANNED_TP_SIZE = 1024
+
+
+class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
+    """`Score` comes with the base class: UNIMPLEMENTED."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def _check_model(self, model: str) -> None:
+        served = self._cluster.config.served_model_name
+        if model and model != served:
+            raise NotFound(
+                f"model = {model!r}: served is {served!r}",
+                reason="UNKNOWN_MODEL",
+                metadata={"field": "model", "value": model, "served": served},
+            )
+
+    async def Generate(
+        self, request: _inference_pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[_inference_pb.GenerateResponse]:
+        self._check_model(request.model)
+        engine = self._cluster.engine
+        prompt = convert.prompt(request, self._cluster.model.tokenizer)
+        request_id = request.request_id or uuid.uuid4().hex
+        max_tokens = request.max_tokens if request.HasField("max_tokens") else None
+        outputs = engine.generate(prompt, convert.sampling(request.sampling), max_tokens)
+        completion_tokens = 0
+        try:
+            async for output in outputs:
+                completion_tokens += len(output.token_ids)
+                yield convert.generate_response(
+                    request_id, output, (len(prompt), completion_tokens)
+                )
+        finally:
+            await outputs.aclose()
+
+    async def Tokenize(
+        self, request: _inference_pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> _inference_pb.TokenizeResponse:
+        self._check_model(request.model)
+        tokenizer = convert.need(self._cluster.model.tokenizer)
+        match request.WhichOneof("input"):
+            case "text":
+                ids = convert.text_ids(request.text, tokenizer)
+            case "chat":
+                ids = convert.chat_ids(request.chat, tokenizer)
+            case _:
+                raise InvalidArgument("input", None, "set text or chat")
+        return _inference_pb.TokenizeResponse(
+            token_ids=ids,
+            tokens=[tokenizer.decode([token], skip_special_tokens=False) for token in ids],
+        )
+
+    async def Detokenize(
+        self, request: _inference_pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> _inference_pb.DetokenizeResponse:
+        self._check_model(request.model)
+        tokenizer = convert.need(self._cluster.model.tokenizer)
+        vocab_size = self._cluster.model.spec.vocab_size
+        for token in request.token_ids:
+            if token >= vocab_size:
+                raise InvalidArgument("token_ids", token, f"the vocabulary has {vocab_size} ids")
+        text = tokenizer.decode(
+            request.token_ids, skip_special_tokens=request.skip_special_tokens
+        )
+        return _inference_pb.DetokenizeResponse(text=text)
+
+    async def GetModel(
+        self, request: _inference_pb.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> _inference_pb.GetModelResponse:
+        self._check_model(request.model)
+        return convert.model_response(self._cluster)
+
+
+class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
+    """`Drain` comes with the base class: UNIMPLEMENTED."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    async def GetCluster(
+        self, request: _control_pb.GetClusterRequest, context: grpc.aio.ServicerContext
+    ) -> _control_pb.GetClusterResponse:
+        await self._cluster.refresh()
+        return _control_pb.GetClusterResponse(cluster=convert.cluster_message(self._cluster))
+
+    async def WatchCluster(
+        self, request: _control_pb.WatchClusterRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[_control_pb.WatchClusterResponse]:
+        if not 0 <= request.interval_s < float("inf"):
+            raise InvalidArgument("interval_s", request.interval_s, "is no time")
+        async for _ in self._cluster.changes(request.interval_s or None):
+            yield _control_pb.WatchClusterResponse(cluster=convert.cluster_message(self._cluster))
+
+    async def PlanShards(
+        self, request: _control_pb.PlanShardsRequest, context: grpc.aio.ServicerContext
+    ) -> _control_pb.PlanShardsResponse:
+        spec = self._cluster.model.spec
+        if request.config_json:
+            spec = model_spec(parse_config(request.config_json))
+        if not 1 <= request.tp_size <= MAX_PLANNED_TP_SIZE:
+            raise InvalidArgument(
+                "tp_size", request.tp_size, f"is not in [1, {MAX_PLANNED_TP_SIZE}]"
+            )
+        plan = make_plan(
+            spec,
+            request.tp_size,
+            dtype=convert.dtype(request.data_type),
+            memory_weights=list(request.memory_weights) or None,
+        )
+        return _control_pb.PlanShardsResponse(plan=convert.plan_message(plan))
+
+    async def RunLayer(
+        self, request: _control_pb.RunLayerRequest, context: grpc.aio.ServicerContext
+    ) -> _control_pb.RunLayerResponse:
+        _ = self._cluster.engine  # Unavailable while the cluster does not serve
+        activation = None
+        if request.HasField("activation"):
+            activation = convert.array(request.activation, "activation")
+        layer_run = await run_layer.run(
+            self._cluster.model.spec,
+            self._cluster.group.compute_partial,
+            layer=request.layer if request.HasField("layer") else None,
+            module=request.module,
+            activation=activation,
+            num_tokens=request.num_tokens or 4,
+            seed=request.seed,
+        )
+        return convert.layer_response(layer_run)
+
+
+def build(cluster: Cluster) -> Server:
+    """A server with the coordinator's services, not started."""
+    server = Server(SERVICES)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceServicer(cluster), server.grpc_server
+    )
+    control_service_pb2_grpc.add_ControlServiceServicer_to_server(
+        ControlServicer(cluster), server.grpc_server
+    )
+    return server

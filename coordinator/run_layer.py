@@ -1,0 +1,132 @@
+"""The textbook path: one module at a time, its partial outputs brought to the coordinator and combined.
+
+It is how a user looks inside a layer, and how the serving path is verified. float32 throughout here;
+the workers compute in the served type.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from colrow.errors import InvalidArgument
+
+from coordinator.model_spec import Combine, ModelSpec, ParameterSpec
+from coordinator.shard_group import Partial
+
+MAX_NOISE_TOKENS = 4096
+
+ComputePartial = Callable[[str, np.ndarray], Awaitable[list[Partial]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRun:
+    """One module: its whole input, every rank's partial output, and what they combine to."""
+
+    module: str
+    combine: Combine
+    input: np.ndarray
+    partials: tuple[Partial, ...]
+    output: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """What was run, in order; `output` of a whole layer includes its residual connections."""
+
+    runs: tuple[ModuleRun, ...]
+    output: np.ndarray
+
+
+def combine_partials(partials: Sequence[Partial]) -> np.ndarray:
+    """[num_tokens, features] of the whole module.
+
+    "sum" adds in rank order. "concat" puts each piece at its columns, where the replicas of a KV head
+    fall on one another. "replicate" takes rank 0's.
+    """
+    first = partials[0]
+    if first.combine == Combine.REPLICATE:
+        return first.output
+    if first.combine == Combine.SUM:
+        total = first.output.copy()
+        for partial in partials[1:]:
+            total += partial.output
+        return total
+    width = max(stop for partial in partials for _, stop in partial.columns)
+    whole = np.full((first.output.shape[0], width), np.nan, dtype=np.float32)
+    for partial in partials:
+        offset = 0
+        for start, stop in partial.columns:
+            whole[:, start:stop] = partial.output[:, offset : offset + stop - start]
+            offset += stop - start
+    assert not np.isnan(whole[0]).all(), "the ranks' columns cover the output"
+    return whole
+
+
+def full_name(spec: ModelSpec, layer: int | None, module: str) -> str:
+    """The module's name from the root; InvalidArgument for a layer that the model has not."""
+    if layer is None:
+        if not module:
+            raise InvalidArgument("module", module, "name a layer, a module, or both")
+        return module
+    if not 0 <= layer < spec.num_layers:
+        raise InvalidArgument("layer", layer, f"the model has {spec.num_layers} layers")
+    return f"{spec.layer_prefix}.{layer}" + (f".{module}" if module else "")
+
+
+def noise(spec: ModelSpec, module: str, num_tokens: int, seed: int) -> np.ndarray:
+    """An input for a module: standard normal float32 [num_tokens, features], or token ids."""
+    if not 1 <= num_tokens <= MAX_NOISE_TOKENS:
+        raise InvalidArgument("num_tokens", num_tokens, f"is not in [1, {MAX_NOISE_TOKENS}]")
+    generator = np.random.default_rng(seed)
+    weight = next((p for p in spec.parameters if p.name == f"{module}.weight"), None)
+    if weight and (module == spec.embedding or _is_position_embedding(weight)):
+        return generator.integers(0, weight.shape[0], num_tokens)
+    features = _input_features(weight) if weight else spec.hidden_size
+    return generator.standard_normal((num_tokens, features), dtype=np.float32)
+
+
+def _is_position_embedding(weight: ParameterSpec) -> bool:
+    return weight.split_dim is None and len(weight.shape) == 2
+
+
+def _input_features(weight: ParameterSpec) -> int:
+    if len(weight.shape) == 1 or weight.split_dim is None:  # a norm
+        return weight.shape[0]
+    # A column-parallel weight is split along its outputs, a row-parallel one along its inputs.
+    inputs = weight.split_dim if weight.combine is Combine.SUM else 1 - weight.split_dim
+    return weight.shape[inputs]
+
+
+async def run(
+    spec: ModelSpec,
+    compute_partial: ComputePartial,
+    *,
+    layer: int | None,
+    module: str,
+    activation: np.ndarray | None,
+    num_tokens: int = 4,
+    seed: int = 0,
+) -> LayerRun:
+    """Runs one module, or all of a layer's when `module` is empty."""
+    name = full_name(spec, layer, module)
+    x = noise(spec, name, num_tokens, seed) if activation is None else activation
+    whole_layer = layer is not None and not module
+    if not whole_layer:
+        only = await _run_module(compute_partial, name, x)
+        return LayerRun((only,), only.output)
+    runs = []
+    for block in spec.blocks:
+        norm = await _run_module(compute_partial, f"{name}.{block.norm}", x)
+        body = await _run_module(compute_partial, f"{name}.{block.body}", norm.output)
+        x = x + body.output
+        runs += [norm, body]
+    return LayerRun(tuple(runs), x)
+
+
+async def _run_module(
+    compute_partial: ComputePartial, name: str, x: np.ndarray
+) -> ModuleRun:
+    partials = tuple(await compute_partial(name, x))
+    return ModuleRun(
+        name, Combine(partials[0].combine), x, partials, combine_partials(partials)
+    )

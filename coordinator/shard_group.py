@@ -1,0 +1,328 @@
+"""The workers as one thing: joined, loaded, stepped and aborted together.
+
+Nothing here knows gRPC: a `Worker` is what `worker_client` makes of a stub. An error of one worker is
+raised with its rank and address in it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from colrow import __version__
+from colrow.errors import DeadlineExceeded, FailedPrecondition, Internal, ServiceError
+
+from coordinator.scheduler import Step
+from coordinator.shard_plan import ShardPlan
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+JOIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpStats:
+    """Calls of one collective and the bytes that a rank put into them."""
+
+    operation: str
+    calls: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDescription:
+    """What a worker says of itself; bytes everywhere."""
+
+    version: str
+    host_id: str
+    pid: int
+    device: str
+    memory_total_bytes: int
+    memory_available_bytes: int
+    state: str
+    epoch: int
+    rank: int
+    size: int
+    transport: str | None
+    weight_bytes: int
+    kv_cache_bytes: int
+    resident_bytes: int
+    file_bytes_read: int
+    communication: tuple[OpStats, ...]
+    supported_architectures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far one worker is with loading."""
+
+    bytes_read: int
+    bytes_to_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """One rank's partial output of a module; `columns` [start, stop) for "concat"."""
+
+    rank: int
+    output: np.ndarray
+    combine: str
+    columns: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class WorkerStatus:
+    """A worker as the coordinator knows it."""
+
+    address: str
+    rank: int
+    description: WorkerDescription | None = None
+    progress: LoadProgress = LoadProgress(0, 0)
+    last_step_id: int = 0
+
+
+class Worker(Protocol):
+    """One worker's side of the contract. Every method raises `ServiceError`."""
+
+    address: str
+
+    async def describe(self, timeout_s: float) -> WorkerDescription: ...
+    async def join(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        size: int,
+        transport: str,
+        communicator_id: bytes,
+        timeout_s: float,
+    ) -> bytes: ...
+    async def load(
+        self,
+        *,
+        epoch: int,
+        folder: Path,
+        config_json: str,
+        plan: ShardPlan,
+        progress: Callable[[LoadProgress], None],
+    ) -> int: ...
+    async def allocate(self, *, epoch: int, num_blocks: int, block_size: int) -> int: ...
+    async def compute_partial(
+        self, *, epoch: int, module: str, activation: np.ndarray
+    ) -> Partial: ...
+    async def abort(self, *, epoch: int, timeout_s: float) -> None: ...
+    def open_steps(self, epoch: int) -> None: ...
+    async def send(self, step: Step) -> None: ...
+    async def receive(self) -> tuple[int, Mapping[int, int]]: ...
+    async def close(self) -> None: ...
+
+
+class ShardGroup:
+    """`workers[r]` is rank r. `epoch` counts the lives of the group; 0 is before the first."""
+
+    def __init__(self, workers: Sequence[Worker], *, step_timeout_s: float) -> None:
+        self.workers = tuple(workers)
+        self.statuses = [WorkerStatus(w.address, rank) for rank, w in enumerate(self.workers)]
+        self.epoch = 0
+        self.transport: str | None = None
+        self._step_timeout_s = step_timeout_s
+
+    @property
+    def size(self) -> int:
+        return len(self.workers)
+
+    async def _all(self, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
+        """One call to every worker at a time; the first error, with who raised it."""
+
+        async def guarded(rank: int, worker: Worker) -> T:
+            try:
+                return await call(rank, worker)
+            except ServiceError as error:
+                error.message = f"worker {rank} ({worker.address}): {error.message}"
+                error.args = (error.message,)
+                error.metadata |= {"rank": str(rank), "worker": worker.address}
+                raise
+
+        tasks = [
+            asyncio.ensure_future(guarded(rank, worker))
+            for rank, worker in enumerate(self.workers)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            # Of the others nobody would hear.
+            for task in tasks:
+                task.cancel()
+
+    async def describe(self, timeout_s: float) -> list[WorkerDescription]:
+        """What every worker says; also kept in `statuses`. Waits for those that still start."""
+
+        async def one(rank: int, worker: Worker) -> WorkerDescription:
+            description = await worker.describe(timeout_s)
+            self.statuses[rank].description = description
+            return description
+
+        return await self._all(one)
+
+    async def refresh(self, timeout_s: float) -> None:
+        """Brings `statuses` up to date; a worker that does not answer keeps its last one."""
+
+        async def one(rank: int, worker: Worker) -> None:
+            try:
+                self.statuses[rank].description = await worker.describe(timeout_s)
+            except ServiceError as error:
+                log.debug("worker %d (%s): %s", rank, worker.address, error)
+
+        await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
+
+    def check_versions(self) -> None:
+        """FailedPrecondition when a worker is of another version than the coordinator."""
+        for status in self.statuses:
+            assert status.description is not None
+            if status.description.version != __version__:
+                raise FailedPrecondition(
+                    f"worker {status.rank} ({status.address}): version = "
+                    f"{status.description.version!r}: the coordinator is {__version__!r}; "
+                    "install the same version on both",
+                    reason="VERSION_MISMATCH",
+                    metadata={"rank": str(status.rank), "worker": status.address},
+                )
+
+    def choose_transport(self, wanted: str | None) -> str:
+        """Shared memory where all ranks share a host, Gloo where they don't; `wanted` decides first."""
+        if self.size == 1:
+            return "single"
+        hosts = {status.description.host_id for status in self.statuses if status.description}
+        if wanted == "shm" and len(hosts) > 1:
+            raise FailedPrecondition(
+                f"transport = 'shm': the workers are on {len(hosts)} hosts that share no memory"
+            )
+        return wanted or ("shm" if len(hosts) == 1 else "gloo")
+
+    async def join(self, transport: str) -> None:
+        """Forms a group of a new epoch, with a communicator id that rank 0 makes."""
+        seen = [status.description.epoch for status in self.statuses if status.description]
+        epoch = max([self.epoch, *seen]) + 1
+        # A worker may still be in the group of a coordinator that is gone.
+        await self._all(self._leave_old_group)
+
+        async def one(rank: int, worker: Worker, communicator_id: bytes) -> bytes:
+            return await worker.join(
+                epoch=epoch,
+                rank=rank,
+                size=self.size,
+                transport=transport,
+                communicator_id=communicator_id,
+                timeout_s=JOIN_TIMEOUT_S,
+            )
+
+        communicator_id = b""
+        if transport != "single":
+            communicator_id = await one(0, self.workers[0], b"")
+        await self._all(lambda rank, worker: one(rank, worker, communicator_id))
+        self.epoch, self.transport = epoch, transport
+
+    async def _leave_old_group(self, rank: int, worker: Worker) -> None:
+        description = self.statuses[rank].description
+        if description is not None and description.size:
+            await worker.abort(epoch=description.epoch, timeout_s=JOIN_TIMEOUT_S)
+
+    async def load(
+        self, folder: Path, config_json: str, plan: ShardPlan, changed: Callable[[], None]
+    ) -> None:
+        """Every worker loads its shard; `changed` is called when `statuses` show progress.
+
+        Internal when a worker holds other bytes than the plan says.
+        """
+
+        async def one(rank: int, worker: Worker) -> int:
+            def progress(now: LoadProgress) -> None:
+                self.statuses[rank].progress = now
+                changed()
+
+            return await worker.load(
+                epoch=self.epoch,
+                folder=folder,
+                config_json=config_json,
+                plan=plan,
+                progress=progress,
+            )
+
+        held = await self._all(one)
+        for shard, num_bytes in zip(plan.ranks, held, strict=True):
+            if num_bytes != shard.weight_bytes:
+                raise Internal(
+                    f"worker {shard.rank} holds {num_bytes} bytes, the plan says "
+                    f"{shard.weight_bytes}"
+                )
+
+    async def allocate(self, num_blocks: int, block_size: int) -> None:
+        """Every worker allocates the KV cache; then steps can be sent."""
+        await self._all(
+            lambda rank, worker: worker.allocate(
+                epoch=self.epoch, num_blocks=num_blocks, block_size=block_size
+            )
+        )
+        for worker in self.workers:
+            worker.open_steps(self.epoch)
+
+    async def send(self, step: Step) -> None:
+        """Hands a step to every worker without waiting for its result."""
+        await self._all(lambda rank, worker: worker.send(step))
+
+    async def receive(self) -> dict[int, int]:
+        """The tokens of the oldest step that was not received, by sequence id.
+
+        All ranks must have sampled the same ones. DeadlineExceeded names the ranks that lag.
+        """
+
+        async def one(rank: int, worker: Worker) -> Mapping[int, int]:
+            step_id, tokens = await worker.receive()
+            self.statuses[rank].last_step_id = step_id
+            return tokens
+
+        try:
+            async with asyncio.timeout(self._step_timeout_s):
+                results = await self._all(one)
+        except TimeoutError as error:
+            least = min(status.last_step_id for status in self.statuses)
+            late = [str(s.rank) for s in self.statuses if s.last_step_id == least]
+            raise DeadlineExceeded(
+                f"step {least + 1}: no answer from rank {', '.join(late)} within "
+                f"{self._step_timeout_s:g} s",
+                reason="STEP_TIMEOUT",
+            ) from error
+        for rank, tokens in enumerate(results):
+            if tokens != results[0]:
+                raise Internal(
+                    f"worker {rank} sampled {tokens}, worker 0 {results[0]}: the ranks disagree",
+                    reason="RANKS_DISAGREE",
+                )
+        return dict(results[0])
+
+    async def compute_partial(self, module: str, activation: np.ndarray) -> list[Partial]:
+        """Every rank's partial output of one module."""
+        return await self._all(
+            lambda rank, worker: worker.compute_partial(
+                epoch=self.epoch, module=module, activation=activation
+            )
+        )
+
+    async def abort(self, timeout_s: float = 2.0) -> None:
+        """Ends the epoch on every worker that can be reached; weights stay loaded."""
+
+        async def one(rank: int, worker: Worker) -> None:
+            try:
+                await worker.abort(epoch=self.epoch, timeout_s=timeout_s)
+            except ServiceError as error:
+                log.warning("worker %d (%s): abort: %s", rank, worker.address, error)
+
+        await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(worker.close() for worker in self.workers))

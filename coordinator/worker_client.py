@@ -1,0 +1,164 @@
+"""A worker behind its stub: the coordinator's edge towards `ShardWorkerService`."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from colrow.errors import FailedPrecondition, ServiceError, Unavailable
+from colrow.rpc import CHANNEL_OPTIONS, error_of
+from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
+
+from coordinator import convert
+from coordinator.scheduler import Step
+from coordinator.shard_group import LoadProgress, Partial, WorkerDescription
+from coordinator.shard_plan import ShardPlan
+
+_pb = shard_worker_service_pb2
+
+T = TypeVar("T")
+
+CALL_TIMEOUT_S = 60.0
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_of(error) from error
+
+
+class WorkerClient:
+    """Implements `shard_group.Worker` over one channel."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(self._channel)
+        self._steps: Any = None
+        self._epoch = 0
+
+    async def describe(self, timeout_s: float) -> WorkerDescription:
+        """Waits up to `timeout_s` for a worker that is not up yet."""
+        call = self._stub.Describe(
+            _pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True
+        )
+        try:
+            return convert.worker_description((await _answer(call)).worker)
+        except ServiceError as error:
+            if error.code != "DEADLINE_EXCEEDED":
+                raise
+            raise Unavailable(
+                f"does not answer within {timeout_s:g} s", reason="WORKER_UNREACHABLE"
+            ) from error
+
+    async def join(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        size: int,
+        transport: str,
+        communicator_id: bytes,
+        timeout_s: float,
+    ) -> bytes:
+        request = _pb.JoinGroupRequest(
+            epoch=epoch,
+            rank=rank,
+            size=size,
+            transport=convert.transport_value(transport),
+            communicator_id=communicator_id,
+            timeout_s=timeout_s,
+        )
+        response = await _answer(self._stub.JoinGroup(request, timeout=timeout_s + 5))
+        return response.communicator_id
+
+    async def load(
+        self,
+        *,
+        epoch: int,
+        folder: Path,
+        config_json: str,
+        plan: ShardPlan,
+        progress: Callable[[LoadProgress], None],
+    ) -> int:
+        request = convert.load_request(epoch, folder, config_json, plan)
+        response = None
+        try:
+            async for response in self._stub.LoadShard(request):
+                progress(LoadProgress(response.bytes_read, response.bytes_to_read))
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        if response is None:
+            raise Unavailable("LoadShard ended without an answer")
+        return response.weight_bytes
+
+    async def allocate(self, *, epoch: int, num_blocks: int, block_size: int) -> int:
+        request = _pb.AllocateKvCacheRequest(
+            epoch=epoch, num_blocks=num_blocks, block_size=block_size
+        )
+        response = await _answer(self._stub.AllocateKvCache(request, timeout=CALL_TIMEOUT_S))
+        return response.kv_cache_bytes
+
+    async def compute_partial(
+        self, *, epoch: int, module: str, activation: np.ndarray
+    ) -> Partial:
+        request = _pb.ComputePartialRequest(
+            epoch=epoch, module=module, activation=convert.tensor_message(activation)
+        )
+        return convert.partial(
+            await _answer(self._stub.ComputePartial(request, timeout=CALL_TIMEOUT_S))
+        )
+
+    async def abort(self, *, epoch: int, timeout_s: float) -> None:
+        if self._steps is not None:
+            self._steps.cancel()
+            self._steps = None
+        await _answer(
+            self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s)
+        )
+
+    def open_steps(self, epoch: int) -> None:
+        """Opens the stream that carries the steps of one epoch."""
+        self._epoch = epoch
+        self._steps = self._stub.ExecuteSteps()
+
+    async def send(self, step: Step) -> None:
+        try:
+            await self._open_stream().write(convert.step_request(self._epoch, step))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise await self._stream_error() from error
+
+    async def receive(self) -> tuple[int, dict[int, int]]:
+        """The next step's id and the tokens that it sampled, by sequence id."""
+        try:
+            response = await self._open_stream().read()
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        if response is grpc.aio.EOF:
+            raise await self._stream_error()
+        return response.step_id, dict(
+            zip(response.sequence_ids, response.token_ids, strict=True)
+        )
+
+    def _open_stream(self) -> Any:
+        if self._steps is None:
+            raise FailedPrecondition("no step stream is open")
+        return self._steps
+
+    async def _stream_error(self) -> ServiceError:
+        """Why the stream ended: a write into a closed one does not say."""
+        try:
+            await self._steps.read()
+        except grpc.aio.AioRpcError as error:
+            return error_of(error)
+        except asyncio.InvalidStateError:
+            pass
+        return Unavailable("the step stream ended", reason="STREAM_ENDED")
+
+    async def close(self) -> None:
+        if self._steps is not None:
+            self._steps.cancel()
+        await self._channel.close()

@@ -1,0 +1,205 @@
+"""What every gRPC server and client of the contract has in common.
+
+Servers: health, reflection and channelz beside their own services, one size limit, and errors as
+canonical codes with `google.rpc.ErrorInfo` and `RetryInfo`. Clients: the same errors back as
+exceptions. See the gRPC health checking protocol and AIP-193.
+"""
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from colrow.errors import BY_CODE, DOMAIN, Internal, InvalidArgument, ServiceError
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A second server on a port that is in use must fail instead of sharing it.
+    ("grpc.so_reuseport", 0),
+)
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A peer that is gone without a word is noticed within seconds.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+
+def _status(error: ServiceError) -> Any:
+    """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata."""
+    details = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return rpc_status.to_status(
+        status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+    )
+
+
+def error_of(error: grpc.RpcError) -> ServiceError:
+    """The `ServiceError` that a failed call carries; codes of other servers keep their message."""
+    code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
+    message = error.details() or code.name  # type: ignore[attr-defined]
+    kind = BY_CODE.get(code.name, ServiceError)
+    result = kind(message)
+    result.code = code.name
+    status = _status_of(error)
+    for detail in status.details if status else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            result.reason, result.metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(retry):
+            result.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    return result
+
+
+def _status_of(error: grpc.RpcError) -> status_pb2.Status | None:
+    # Read here and not with rpc_status.from_call, which refuses the metadata of grpc.aio errors.
+    for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
+        if key == "grpc-status-details-bin":
+            return status_pb2.Status.FromString(value)
+    return None
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends calls that raise a `ServiceError` with its status, and bugs with INTERNAL and a log."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method  # type: ignore[attr-defined]
+        if handler is None or not method.startswith("/colrow."):
+            return handler
+        wrap = _guard_stream if handler.response_streaming else _guard_unary
+        kind = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        behaviour = (
+            handler.stream_stream or handler.unary_stream or handler.unary_unary
+        )
+        return kind(
+            wrap(behaviour, method), handler.request_deserializer, handler.response_serializer
+        )
+
+
+async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
+    if isinstance(error, ValueError) and not isinstance(error, ServiceError):
+        # By the project's rule a ValueError names a field and a value that the caller chose.
+        refused = ServiceError(str(error), reason="INVALID_FIELD")
+        refused.code = "INVALID_ARGUMENT"
+        error = refused
+    if not isinstance(error, ServiceError):
+        log.exception("%s failed", method)
+        error = Internal(f"{type(error).__name__}: {error}")
+    await context.abort_with_status(_status(error))
+
+
+def _guard_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, method, error)
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+    if not inspect.isasyncgenfunction(behaviour):
+        raise TypeError(f"{method}: a streaming response must be an async generator")
+
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        responses = behaviour(request, context)
+        try:
+            async for response in responses:
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, method, error)
+        finally:
+            # Now and not when the garbage collector comes by: what the generator holds is freed.
+            await responses.aclose()
+
+    return guarded
+
+
+class Server:
+    """A gRPC server with the contract's standard services; the caller adds its own servicers.
+
+    `grpc_server` takes the servicers, then `start` binds and serves. Health is NOT_SERVING until
+    `set_serving(True)`.
+    """
+
+    def __init__(self, service_names: Sequence[str]) -> None:
+        self._service_names = ("", *service_names)
+        self._health = health.aio.HealthServicer()
+        self.grpc_server = grpc.aio.server(
+            interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        channelz.add_channelz_servicer(self.grpc_server)
+        reflection.enable_server_reflection(
+            (
+                *service_names,
+                health.SERVICE_NAME,
+                "grpc.channelz.v1.Channelz",
+                reflection.SERVICE_NAME,
+            ),
+            self.grpc_server,
+        )
+
+    async def start(self, address: str) -> int:
+        """Binds `host:port` and serves; returns the port. InvalidArgument where it can't bind."""
+        await self.set_serving(False)
+        try:
+            port = self.grpc_server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidArgument(
+                "address", address, "can't be bound; is the port in use?"
+            ) from error
+        await self.grpc_server.start()
+        return port
+
+    async def set_serving(self, serving: bool) -> None:
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in self._service_names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls, gives running ones `grace_s` seconds, then ends them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc_server.stop(grace_s)

@@ -1,0 +1,247 @@
+"""Reads this rank's slices of a safetensors checkpoint: no more bytes than it owns.
+
+The format: an 8-byte little-endian header length, a JSON header with data type, shape and offsets of
+each tensor, then the data, row-major (https://huggingface.co/docs/safetensors). A checkpoint is one
+`model.safetensors` or several files named by `model.safetensors.index.json`.
+
+A slice along the first dimension is one stretch of the file. One along a later dimension is a stretch
+for each row, read straight into place; `pread` counts what was read, which a memory map could not.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from colrow.errors import DataLoss, InvalidArgument
+from torch import Tensor
+
+from shard_worker.sharding import ShardLayout
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MAX_HEADER_BYTES = 100 * 1024 * 1024
+
+FileVersions = tuple[tuple[str, int, int], ...]
+"""Name, size in bytes and modification time in ns of each file: changed files are another model."""
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: file, data type, shape, and the byte offset of its first element."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    bytes_read: int
+    bytes_to_read: int
+    parameters_loaded: int
+    parameters_total: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, by key. Opening it reads the headers only."""
+
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], files: FileVersions, bytes_read: int
+    ) -> None:
+        self.tensors = tensors
+        self.files = files
+        self.bytes_read = bytes_read
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads the headers. InvalidArgument when there is no checkpoint, DataLoss when it is broken."""
+        if (folder / INDEX_FILE).is_file():
+            listed = _read_json(folder / INDEX_FILE).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise DataLoss(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+            files = [folder / name for name in sorted(set(listed.values()))]
+            if any(path.parent != folder for path in files):
+                raise DataLoss(f"{folder / INDEX_FILE}: weight_map leaves the folder")
+        elif (folder / SINGLE_FILE).is_file():
+            listed, files = None, [folder / SINGLE_FILE]
+        else:
+            raise InvalidArgument(
+                "model_path", str(folder), f"has neither {SINGLE_FILE} nor {INDEX_FILE}"
+            )
+        tensors: dict[str, StoredTensor] = {}
+        bytes_read = 0
+        for file in files:
+            if not file.is_file():
+                raise DataLoss(f"{file}: is missing; {INDEX_FILE} names it")
+            found, header_bytes = _read_header(file)
+            tensors |= found
+            bytes_read += header_bytes
+        if listed is not None and (lost := sorted(listed.keys() - tensors.keys())):
+            raise DataLoss(f"{folder / INDEX_FILE}: no file holds {lost[0]!r}")
+        stats = [(file.name, file.stat()) for file in files]
+        versions = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        return cls(tensors, versions, bytes_read)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataLoss(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise DataLoss(f"{file}: is no JSON object")
+    return content
+
+
+def _read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of one file, each checked to lie inside it, and the bytes that were read."""
+    file_bytes = file.stat().st_size
+    with file.open("rb", buffering=0) as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise DataLoss(f"{file}: is truncated or no safetensors file ({file_bytes} bytes)")
+        raw = stream.read(header_bytes)
+    start = 8 + header_bytes
+    tensors = {}
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            shape = tuple(int(extent) for extent in entry["shape"])
+            begin, end = entry["data_offsets"]
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is not None and end - begin != prod(shape) * dtype.itemsize:
+                raise DataLoss(f"{file}: {key} holds {end - begin} bytes for shape {shape}")
+            if not 0 <= begin <= end <= file_bytes - start:
+                raise DataLoss(
+                    f"{file}: is truncated: {key} ends at byte {start + end} of {file_bytes}"
+                )
+            # A type that no model loads (an int mask, say) matters only when a parameter has it.
+            tensors[key] = StoredTensor(file, dtype or torch.uint8, shape, start + begin)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataLoss(f"{file}: malformed header: {error!r}") from error
+    return tensors, start
+
+
+def match_keys(
+    layout: ShardLayout,
+    checkpoint: Checkpoint,
+    ignored: Sequence[str],
+    optional_prefix: str,
+) -> dict[str, StoredTensor]:
+    """The stored tensor of each parameter, strict both ways.
+
+    Raises InvalidArgument naming the keys when a parameter is missing, when a key is neither a
+    parameter nor ignored, or when a shape or data type differs.
+    """
+
+    def full_name(key: str) -> str:
+        prefixed = optional_prefix + key
+        return prefixed if key not in layout.parameters and prefixed in layout.parameters else key
+
+    stored = {full_name(key): tensor for key, tensor in checkpoint.tensors.items()}
+    if missing := sorted(layout.parameters.keys() - stored.keys()):
+        raise InvalidArgument(
+            "checkpoint", _some(missing), f"missing ({len(missing)} of {len(layout.parameters)})"
+        )
+    patterns = [*ignored, *(p.removeprefix(optional_prefix) for p in ignored)]
+    unexpected = sorted(
+        key
+        for key in stored.keys() - layout.parameters.keys()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+    )
+    if unexpected:
+        raise InvalidArgument(
+            "checkpoint", _some(unexpected), f"unexpected ({len(unexpected)}): no parameter has it"
+        )
+    for name, parameter in layout.parameters.items():
+        tensor = stored[name]
+        if tensor.shape != parameter.shape:
+            raise InvalidArgument(
+                "checkpoint", name, f"has shape {tensor.shape}, the config asks {parameter.shape}"
+            )
+        if tensor.dtype not in _DTYPES.values():
+            raise InvalidArgument("checkpoint", name, f"its data type is none of {sorted(_DTYPES)}")
+    return {name: stored[name] for name in layout.parameters}
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+
+
+def load(
+    layout: ShardLayout,
+    stored: Mapping[str, StoredTensor],
+    destinations: Mapping[str, Tensor],
+    progress: Callable[[LoadProgress], None],
+) -> int:
+    """Fills every destination with this rank's slice and returns the bytes read.
+
+    `destinations[name]` has `layout.local_shape(name)`; the data is converted to its type. `progress`
+    is called after each parameter. Raises DataLoss when a file ends early.
+    """
+    assert stored.keys() == destinations.keys(), "every parameter has one place to go"
+    total = sum(
+        prod(layout.local_shape(name)) * stored[name].dtype.itemsize for name in stored
+    )
+    done = 0
+    with ExitStack() as files:
+        descriptors: dict[Path, int] = {}
+        # In file order, so that a cold disk is read forwards.
+        order = sorted(stored, key=lambda name: (stored[name].file, stored[name].offset))
+        for count, name in enumerate(order, 1):
+            tensor = stored[name]
+            if tensor.file not in descriptors:
+                descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+                files.callback(os.close, descriptors[tensor.file])
+            done += _read_slice(descriptors[tensor.file], tensor, layout, name, destinations[name])
+            progress(LoadProgress(done, total, count, len(stored)))
+    return done
+
+
+def _read_slice(
+    descriptor: int, tensor: StoredTensor, layout: ShardLayout, name: str, destination: Tensor
+) -> int:
+    local_shape = layout.local_shape(name)
+    direct = (
+        destination.dtype == tensor.dtype
+        and destination.is_contiguous()
+        and destination.device.type == "cpu"
+    )
+    buffer = destination if direct else torch.empty(local_shape, dtype=tensor.dtype)
+    memory = memoryview(buffer.detach().view(-1).view(torch.uint8).numpy())
+
+    split = layout.parameters[name].split_dim or 0
+    row_bytes = prod(tensor.shape[split + 1 :]) * tensor.dtype.itemsize  # one index of the split
+    extent = tensor.shape[split] if tensor.shape else 1
+    slices = layout.slices(name) or ((0, extent),)
+    filled = 0
+    for outer in range(prod(tensor.shape[:split])):
+        for start, stop in slices:
+            num_bytes = (stop - start) * row_bytes
+            offset = tensor.offset + (outer * extent + start) * row_bytes
+            _read_fully(descriptor, memory[filled : filled + num_bytes], offset, tensor.file)
+            filled += num_bytes
+    assert filled == len(memory), f"{name}: {filled} bytes for {len(memory)}"
+    if not direct:
+        destination.copy_(buffer)
+    return filled
+
+
+def _read_fully(descriptor: int, memory: memoryview, offset: int, file: Path) -> None:
+    # One pread moves at most 2 GiB.
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if count == 0:
+            raise DataLoss(f"{file}: ended at byte {offset} while it was read")
+        memory, offset = memory[count:], offset + count

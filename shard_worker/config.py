@@ -1,0 +1,59 @@
+"""The settings of a worker process. Nothing below this reads flags or the environment."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """`advertise_host` is the address under which the other ranks reach this worker's data plane."""
+
+    host: str
+    port: int
+    advertise_host: str
+    device: str
+    num_threads: int
+    log_level: str
+    port_file: Path | None = None
+
+
+def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
+    """The configuration that command line flags describe; ends the process on a wrong flag."""
+    parser = argparse.ArgumentParser(
+        prog="colrow worker",
+        description="One shard worker: holds one rank's part of a model and executes steps for a "
+        "coordinator.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=50061, help="port to listen on; 0 takes any")
+    parser.add_argument(
+        "--advertise-host",
+        help="address under which other workers reach this one (default: --host)",
+    )
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where the shard lives")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads for computing; with one worker a core, 1"
+    )
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
+    )
+    parser.add_argument(
+        "--port-file", type=Path, help="file to write the port to once it is bound, for --port 0"
+    )
+    flags = parser.parse_args(arguments)
+    if not 0 <= flags.port <= 65535:
+        parser.error(f"--port {flags.port}: is not in [0, 65535]")
+    if flags.threads < 1:
+        parser.error(f"--threads {flags.threads}: is not positive")
+    return WorkerConfig(
+        host=flags.host,
+        port=flags.port,
+        advertise_host=flags.advertise_host or flags.host,
+        device=flags.device,
+        num_threads=flags.threads,
+        log_level=flags.log_level,
+        port_file=flags.port_file,
+    )

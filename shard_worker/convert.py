@@ -1,0 +1,202 @@
+"""Between the contract's messages and the worker's own types; protobuf stops here."""
+
+import json
+from pathlib import Path
+
+import torch
+from colrow import __version__
+from colrow.errors import InvalidArgument
+from colrow.v1 import shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
+from torch import Tensor
+
+from shard_worker import models
+from shard_worker.checkpoint import LoadProgress
+from shard_worker.executor import Description, Group, LoadRequest, State
+from shard_worker.model_runner import Chunk, NewSequence, Step, StepResult
+from shard_worker.partial import Partial
+from shard_worker.sampler import Sampling
+from shard_worker.sharding import Parameter, Section
+
+_pb = shard_worker_service_pb2
+
+_DTYPES = {
+    tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
+    tensor_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16,
+    tensor_pb2.DATA_TYPE_FLOAT16: torch.float16,
+    tensor_pb2.DATA_TYPE_INT64: torch.int64,
+}
+_AXES = {
+    shard_plan_pb2.AXIS_Q_HEADS: "q_heads",
+    shard_plan_pb2.AXIS_KV_HEADS: "kv_heads",
+    shard_plan_pb2.AXIS_MLP: "mlp",
+    shard_plan_pb2.AXIS_VOCAB: "vocab",
+}
+_COMBINES = {
+    shard_plan_pb2.COMBINE_CONCAT: "concat",
+    shard_plan_pb2.COMBINE_SUM: "sum",
+    shard_plan_pb2.COMBINE_REPLICATE: "replicate",
+}
+_COMBINE_VALUES = {name: value for value, name in _COMBINES.items()}
+_TRANSPORTS = {
+    _pb.TRANSPORT_SINGLE: "single",
+    _pb.TRANSPORT_SHARED_MEMORY: "shm",
+    _pb.TRANSPORT_GLOO: "gloo",
+}
+_TRANSPORT_VALUES = {name: value for value, name in _TRANSPORTS.items()}
+_STATES = {
+    State.IDLE: _pb.WORKER_STATE_IDLE,
+    State.JOINED: _pb.WORKER_STATE_JOINED,
+    State.LOADING: _pb.WORKER_STATE_LOADING,
+    State.LOADED: _pb.WORKER_STATE_LOADED,
+    State.READY: _pb.WORKER_STATE_READY,
+}
+
+
+def group(request: _pb.JoinGroupRequest) -> Group:
+    if request.transport not in _TRANSPORTS:
+        raise InvalidArgument("transport", request.transport, "is not known to this worker")
+    return Group(request.epoch, request.rank, request.size, _TRANSPORTS[request.transport])
+
+
+def load_request(request: _pb.LoadShardRequest) -> LoadRequest:
+    try:
+        config = json.loads(request.config_json)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument("config_json", request.config_json, str(error)) from error
+    if not isinstance(config, dict):
+        raise InvalidArgument("config_json", request.config_json, "is no JSON object")
+    if request.data_type not in _DTYPES or request.data_type == tensor_pb2.DATA_TYPE_INT64:
+        raise InvalidArgument("data_type", request.data_type, "no model can be held in it")
+    folder = Path(request.model_path)
+    if not folder.is_dir():
+        raise InvalidArgument("model_path", request.model_path, "is no folder on this worker")
+    return LoadRequest(
+        model_path=folder,
+        config=config,
+        dtype=_DTYPES[request.data_type],
+        parameters=[_parameter(parameter) for parameter in request.parameters],
+        ranks=[
+            {_axis(r.axis): (r.start, r.stop) for r in rank.ranges} for rank in request.ranks
+        ],
+        ignored_keys=list(request.ignored_keys),
+        optional_prefix=request.optional_prefix,
+    )
+
+
+def _axis(axis: int) -> str:
+    if axis not in _AXES:
+        raise InvalidArgument("axis", axis, "is not known to this worker")
+    return _AXES[axis]
+
+
+def _parameter(parameter: shard_plan_pb2.Parameter) -> Parameter:
+    if parameter.combine not in _COMBINES:
+        raise InvalidArgument("combine", parameter.combine, "is not known to this worker")
+    return Parameter(
+        name=parameter.name,
+        shape=tuple(parameter.shape),
+        split_dim=parameter.split_dim if parameter.HasField("split_dim") else None,
+        sections=tuple(Section(_axis(s.axis), s.units, s.unit_size) for s in parameter.sections),
+        combine=_COMBINES[parameter.combine],
+    )
+
+
+def load_progress(progress: LoadProgress) -> _pb.LoadShardResponse:
+    return _pb.LoadShardResponse(
+        bytes_read=progress.bytes_read,
+        bytes_to_read=progress.bytes_to_read,
+        parameters_loaded=progress.parameters_loaded,
+        parameters_total=progress.parameters_total,
+    )
+
+
+def step(request: _pb.ExecuteStepsRequest) -> Step:
+    return Step(
+        step_id=request.step_id,
+        finished=tuple(request.finished_sequence_ids),
+        new_sequences=tuple(
+            NewSequence(
+                sequence_id=new.sequence_id,
+                token_ids=tuple(new.token_ids),
+                num_prompt_tokens=new.num_prompt_tokens,
+                sampling=Sampling(
+                    temperature=new.sampling.temperature,
+                    top_k=new.sampling.top_k,
+                    top_p=new.sampling.top_p,
+                    seed=new.sampling.seed,
+                ),
+            )
+            for new in request.new_sequences
+        ),
+        chunks=tuple(
+            Chunk(chunk.sequence_id, chunk.num_tokens, tuple(chunk.new_block_ids))
+            for chunk in request.chunks
+        ),
+    )
+
+
+def step_response(epoch: int, result: StepResult) -> _pb.ExecuteStepsResponse:
+    return _pb.ExecuteStepsResponse(
+        epoch=epoch,
+        step_id=result.step_id,
+        sequence_ids=result.sequence_ids,
+        token_ids=result.token_ids,
+        duration_us=result.duration_us,
+    )
+
+
+def tensor(message: tensor_pb2.Tensor, field: str) -> Tensor:
+    """The tensor of a message; InvalidArgument where its bytes don't fit its shape."""
+    if message.data_type not in _DTYPES:
+        raise InvalidArgument(f"{field}.data_type", message.data_type, "is not known")
+    dtype = _DTYPES[message.data_type]
+    shape = tuple(message.shape)
+    expected = dtype.itemsize
+    for extent in shape:
+        expected *= extent
+    if len(message.data) != expected or expected == 0:
+        raise InvalidArgument(
+            f"{field}.data", len(message.data), f"shape {shape} of {dtype} takes {expected} bytes"
+        )
+    return torch.frombuffer(bytearray(message.data), dtype=dtype).view(shape)
+
+
+def partial_response(partial: Partial, rank: int) -> _pb.ComputePartialResponse:
+    output = partial.output.float().contiguous()
+    return _pb.ComputePartialResponse(
+        output=tensor_pb2.Tensor(
+            data_type=tensor_pb2.DATA_TYPE_FLOAT32,
+            shape=list(output.shape),
+            data=output.numpy().tobytes(),
+        ),
+        combine=_COMBINE_VALUES[partial.combine],
+        columns=[_pb.ColumnRange(start=start, stop=stop) for start, stop in partial.columns],
+        rank=rank,
+    )
+
+
+def description(worker: Description) -> _pb.WorkerDescription:
+    group = worker.group
+    stats = worker.communication.snapshot() if worker.communication else {}
+    return _pb.WorkerDescription(
+        version=__version__,
+        host_id=worker.host_id,
+        pid=worker.pid,
+        device=worker.device,
+        memory_total_bytes=worker.memory_total,
+        memory_available_bytes=worker.memory_available,
+        state=_STATES[worker.state],
+        epoch=worker.epoch,
+        rank=group.rank if group else 0,
+        size=group.size if group else 0,
+        transport=_TRANSPORT_VALUES[group.transport] if group else _pb.TRANSPORT_UNSPECIFIED,
+        weight_bytes=worker.weight_bytes,
+        kv_cache_bytes=worker.kv_cache_bytes,
+        resident_bytes=worker.resident_bytes,
+        file_bytes_read=worker.file_bytes_read,
+        communication=[
+            _pb.CommunicationStats(operation=op, calls=s.calls, payload_bytes=s.payload_bytes)
+            for op, s in stats.items()
+        ],
+        supported_architectures=sorted(models.FAMILIES),
+    )

@@ -1,0 +1,395 @@
+"""The one thread that owns the device, and the worker's way from idle to ready.
+
+Everything that computes, allocates or communicates runs on the device thread, in the order in which
+it was asked for. The event loop only asks and waits, so a collective that hangs never blocks health
+checks or `abort`.
+"""
+
+import asyncio
+import enum
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from colrow.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    Unavailable,
+)
+from torch import Tensor
+
+from shard_worker import checkpoint, models
+from shard_worker.communicator import (
+    CommunicatorAborted,
+    CommunicatorError,
+    CommunicatorStats,
+    CommunicatorTimeout,
+)
+from shard_worker.communicator.gloo import GlooCommunicator
+from shard_worker.communicator.shm import ShmCommunicator
+from shard_worker.communicator.single import SingleCommunicator
+from shard_worker.config import WorkerConfig
+from shard_worker.kv_cache import KvCache
+from shard_worker.model_runner import ModelRunner, Step, StepResult
+from shard_worker.partial import Partial, compute_partial
+from shard_worker.sampler import Sampler
+from shard_worker.sharding import Parameter, ShardLayout, ShardTensors, TensorParallel
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """How far the worker is. Each state needs the one before it."""
+
+    IDLE = "idle"
+    JOINED = "joined"
+    LOADING = "loading"
+    LOADED = "loaded"
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The communicator group that the worker is in."""
+
+    epoch: int
+    rank: int
+    size: int
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What to load: a checkpoint folder, its config, the plan's parameters and ranges."""
+
+    model_path: Path
+    config: dict[str, Any]
+    dtype: torch.dtype
+    parameters: Sequence[Parameter]
+    ranks: Sequence[dict[str, tuple[int, int]]]
+    ignored_keys: Sequence[str]
+    optional_prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the worker says of itself. Bytes everywhere."""
+
+    host_id: str
+    pid: int
+    device: str
+    memory_total: int
+    memory_available: int
+    state: State
+    epoch: int
+    """The last one that the worker was in, or tried to be in."""
+    group: Group | None
+    weight_bytes: int
+    kv_cache_bytes: int
+    resident_bytes: int
+    file_bytes_read: int
+    communication: CommunicatorStats | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A loaded model and what it was loaded from."""
+
+    model: models.Model
+    tensors: ShardTensors
+    weight_bytes: int
+    request: LoadRequest
+    files: checkpoint.FileVersions
+
+    @property
+    def vocab_size(self) -> int:
+        return sum(self.model.lm_head.rank_sizes)
+
+
+def host_id() -> str:
+    """Equal for processes that can share memory: one kernel, one /dev/shm."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        shm = os.stat("/dev/shm")
+        return f"{boot}:{shm.st_dev}:{shm.st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+class Executor:
+    """Runs a coordinator's calls on the device thread and keeps them in order."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._device = torch.device(config.device)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._state = State.IDLE
+        self._last_epoch = 0
+        self._group: Group | None = None
+        self._tp: TensorParallel | None = None
+        self._store: Any = None
+        self._shard: _Shard | None = None
+        self._runner: ModelRunner | None = None
+        self._last_step_id = 0
+        self._file_bytes_read = 0
+
+    async def _on_device(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the device thread; a communicator's failure becomes the caller's error."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except CommunicatorTimeout as error:
+            raise DeadlineExceeded(str(error), reason="PEER_TIMEOUT") from error
+        except CommunicatorAborted as error:
+            raise Aborted(str(error), reason="GROUP_ABORTED") from error
+        except CommunicatorError as error:
+            raise Unavailable(str(error), reason="COMMUNICATOR_FAILED") from error
+
+    def describe(self) -> Description:
+        """Answers at once, whatever the device does."""
+        memory = psutil.virtual_memory()
+        return Description(
+            host_id=host_id(),
+            pid=os.getpid(),
+            device=str(self._device),
+            memory_total=memory.total,
+            memory_available=memory.available,
+            state=self._state,
+            epoch=self._last_epoch,
+            group=self._group,
+            weight_bytes=self._shard.weight_bytes if self._shard else 0,
+            kv_cache_bytes=self._runner.kv_cache.num_bytes if self._runner else 0,
+            resident_bytes=psutil.Process().memory_info().rss,
+            file_bytes_read=self._file_bytes_read,
+            communication=self._tp.comm.stats if self._tp else None,
+        )
+
+    def create_communicator_id(self, transport: str) -> bytes:
+        """An id for `join`, made by rank 0 and carried to all ranks by the coordinator."""
+        match transport:
+            case "single":
+                return b""
+            case "shm":
+                return ShmCommunicator.create_id()
+            case "gloo":
+                communicator_id, self._store = GlooCommunicator.create_store(
+                    self._config.advertise_host
+                )
+                return communicator_id
+        raise InvalidArgument("transport", transport, "is none of single, shm, gloo")
+
+    async def join(
+        self, group: Group, communicator_id: bytes, timeout_s: float
+    ) -> None:
+        """Joins the other ranks of `group`; weights of the same rank and size stay in memory."""
+        if group.epoch <= self._last_epoch:
+            raise FailedPrecondition(
+                f"epoch = {group.epoch}: this worker has seen epoch {self._last_epoch}",
+                reason="STALE_EPOCH",
+            )
+        if self._group is not None:
+            raise FailedPrecondition(
+                f"epoch = {group.epoch}: still in the group of epoch {self._group.epoch}; "
+                "abort it first"
+            )
+        if not 0 <= group.rank < group.size:
+            raise InvalidArgument("rank", group.rank, f"the size is {group.size}")
+        self._last_epoch, self._group = group.epoch, group
+        try:
+            comm = await self._on_device(
+                lambda: self._join(group, communicator_id, timeout_s)
+            )
+        except BaseException:
+            self._group = None
+            raise
+        if self._group is not group:
+            comm.close()
+            raise Aborted(f"epoch {group.epoch} was aborted while it formed")
+        if self._tp and (self._tp.rank, self._tp.size) == (group.rank, group.size):
+            self._tp.comm = comm
+        else:
+            self._tp, self._shard = TensorParallel(group.rank, group.size, comm), None
+        self._state = State.JOINED
+        log.info("joined epoch %d as rank %d of %d over %s", *_fields(group))
+
+    def _join(self, group: Group, communicator_id: bytes, timeout_s: float) -> Any:
+        store, self._store = self._store, None
+        match group.transport:
+            case "single":
+                if group.size != 1:
+                    raise InvalidArgument("transport", "single", f"the size is {group.size}")
+                return SingleCommunicator()
+            case "shm":
+                return ShmCommunicator.join(
+                    communicator_id, group.rank, group.size, timeout_s=timeout_s
+                )
+            case "gloo":
+                return GlooCommunicator.join(
+                    communicator_id,
+                    group.rank,
+                    group.size,
+                    timeout_s=timeout_s,
+                    store=store,
+                    interface_host=self._config.advertise_host,
+                )
+        raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo")
+
+    async def load(
+        self,
+        epoch: int,
+        request: LoadRequest,
+        progress: Callable[[checkpoint.LoadProgress], None],
+    ) -> int:
+        """Loads this rank's shard and returns its bytes; `progress` is called on the event loop.
+
+        A shard that is held since an earlier epoch and is still the same is not read again.
+        """
+        group = self._check(epoch, State.JOINED)
+        loop = asyncio.get_running_loop()
+        self._state, self._runner = State.LOADING, None
+        try:
+            self._shard = await self._on_device(
+                lambda: self._load(
+                    group, request, lambda p: loop.call_soon_threadsafe(progress, p)
+                )
+            )
+        except BaseException:
+            if self._group is group:
+                self._state = State.JOINED
+            raise
+        self._check(epoch, State.LOADING)
+        self._state = State.LOADED
+        log.info("loaded %d bytes from %s", self._shard.weight_bytes, request.model_path)
+        return self._shard.weight_bytes
+
+    def _load(
+        self,
+        group: Group,
+        request: LoadRequest,
+        progress: Callable[[checkpoint.LoadProgress], None],
+    ) -> _Shard:
+        if len(request.ranks) != group.size:
+            raise InvalidArgument("ranks", len(request.ranks), f"the group has {group.size} ranks")
+        assert self._tp is not None
+        layout = ShardLayout(
+            {parameter.name: parameter for parameter in request.parameters},
+            group.rank,
+            tuple(request.ranks),
+        )
+        opened = checkpoint.Checkpoint.open(request.model_path)
+        held = self._shard
+        if held and (held.request, held.files) == (request, opened.files):
+            return held
+        self._shard = None  # its memory is free before the new one is allocated
+        self._file_bytes_read += opened.bytes_read
+        stored = checkpoint.match_keys(
+            layout, opened, request.ignored_keys, request.optional_prefix
+        )
+        tensors = ShardTensors(layout, self._tp, request.dtype, self._device)
+        model = models.build(request.config, tensors)
+        self._file_bytes_read += checkpoint.load(layout, stored, tensors.destinations, progress)
+        weight_bytes = tensors.num_bytes
+        tensors.finish()
+        return _Shard(model, tensors, weight_bytes, request, opened.files)
+
+    async def allocate(self, epoch: int, num_blocks: int, block_size: int) -> int:
+        """Allocates the KV cache and returns its bytes; forgets all sequences and starts at step 1."""
+        self._check(epoch, State.LOADED)
+        for field, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if value < 1:
+                raise InvalidArgument(field, value, "is not positive")
+        self._runner = await self._on_device(lambda: self._allocate(num_blocks, block_size))
+        self._check(epoch, State.LOADED)
+        self._last_step_id = 0
+        self._state = State.READY
+        return self._runner.kv_cache.num_bytes
+
+    def _allocate(self, num_blocks: int, block_size: int) -> ModelRunner:
+        shard, tp = self._shard, self._tp
+        assert shard is not None and tp is not None
+        self._runner = None
+        cache = KvCache.allocate(
+            num_layers=shard.model.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=shard.model.num_kv_heads,
+            head_dim=shard.model.head_dim,
+            dtype=shard.tensors.dtype,
+            device=self._device,
+        )
+        head = shard.model.lm_head
+        sampler = Sampler(tp, head.rank_sizes, head.start)
+        return ModelRunner(shard.model, sampler, cache, shard.vocab_size)
+
+    def execute(self, epoch: int, step: Step) -> "asyncio.Future[StepResult]":
+        """Queues a step behind those before it. FailedPrecondition on a gap or a stale epoch."""
+        self._check(epoch, State.READY)
+        if step.step_id != self._last_step_id + 1:
+            raise FailedPrecondition(
+                f"step_id = {step.step_id}: the next step is {self._last_step_id + 1}",
+                reason="STEP_GAP",
+            )
+        self._last_step_id = step.step_id
+        runner = self._runner
+        assert runner is not None
+        return asyncio.ensure_future(self._on_device(lambda: runner.execute(step)))
+
+    async def compute_partial(self, epoch: int, module: str, activation: Tensor) -> Partial:
+        """One module alone, between steps."""
+        self._check(epoch, State.LOADED, State.READY)
+        shard = self._shard
+        assert shard is not None
+        if activation.is_floating_point():
+            activation = activation.to(shard.tensors.dtype)
+        return await self._on_device(
+            lambda: compute_partial(shard.model, shard.tensors.layout, module, activation)
+        )
+
+    async def abort(self, epoch: int) -> None:
+        """Leaves the group: what waits in a collective fails, weights stay, sequences go."""
+        if self._group is None:
+            return
+        if epoch != self._group.epoch:
+            raise FailedPrecondition(
+                f"epoch = {epoch}: the group's is {self._group.epoch}", reason="STALE_EPOCH"
+            )
+        log.info("aborting epoch %d", epoch)
+        self._group, self._runner = None, None
+        self._state = State.IDLE
+        if self._tp:
+            comm = self._tp.comm
+            comm.abort()
+            await self._on_device(comm.close)
+
+    async def close(self) -> None:
+        """Frees the device; the thread ends when what it runs does."""
+        if self._tp:
+            self._tp.comm.abort()
+            await self._on_device(self._tp.comm.close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _check(self, epoch: int, *allowed: State) -> Group:
+        if self._group is None or epoch != self._group.epoch:
+            now = f"the group's is {self._group.epoch}" if self._group else "there is no group"
+            raise FailedPrecondition(f"epoch = {epoch}: {now}", reason="STALE_EPOCH")
+        if self._state not in allowed:
+            wanted = " or ".join(state.value for state in allowed)
+            raise FailedPrecondition(
+                f"the worker is {self._state.value}; this call needs it {wanted}",
+                metadata={"state": self._state.value},
+            )
+        return self._group
+
+
+def _fields(group: Group) -> tuple[int, int, int, str]:
+    return group.epoch, group.rank, group.size, group.transport

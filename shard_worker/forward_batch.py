@@ -1,0 +1,68 @@
+"""What one forward pass works on: tokens of several sequences, flattened, and where their context is."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from shard_worker.kv_cache import KvCache
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Tokens [start, stop) of the batch: one sequence's, from position `num_computed` on."""
+
+    start: int
+    stop: int
+    num_computed: int
+    block_ids: Tensor  # int64 [blocks of the context]
+
+    @property
+    def context_len(self) -> int:
+        return self.num_computed + self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpan:
+    """Tokens from `start` to the batch's end: the newest one of a sequence each."""
+
+    start: int
+    block_ids: Tensor  # int64 [num_sequences, most blocks], padded with block 0
+    context_lens: Tensor  # int64 [num_sequences], the newest token included
+    block_size: int
+
+    def mask(self, window: int | None) -> Tensor:
+        """bool [num_sequences, 1, 1, padded context]: which keys count"""
+        keys = torch.arange(self.block_ids.shape[1] * self.block_size, device=self.block_ids.device)
+        lens = self.context_lens.unsqueeze(1)
+        mask = keys < lens
+        if window is not None:
+            mask &= keys >= lens - window
+        return mask[:, None, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Prefill chunks first, then the decoding sequences.
+
+    Without a `kv_cache` the tokens are one sequence that attends to itself: how a module is looked at
+    alone.
+    """
+
+    token_ids: Tensor  # int64 [num_tokens]
+    positions: Tensor  # int64 [num_tokens]
+    slot_mapping: Tensor  # int64 [num_tokens]
+    prefills: tuple[PrefillSpan, ...] = ()
+    decode: DecodeSpan | None = None
+    kv_cache: KvCache | None = None
+    _derived: dict[Hashable, object] = field(default_factory=dict)
+
+    def derive(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What all layers need of this batch, computed by the first that asks."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""The parts that model families are made of. All collectives of a model live here."""

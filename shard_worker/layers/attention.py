@@ -1,0 +1,93 @@
+"""Attention of this rank's heads over the paged KV cache."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shard_worker.forward_batch import ForwardBatch
+from shard_worker.kv_cache import LayerCache
+
+
+class Attention:
+    """softmax(q kᵀ · scale) v, causal; each KV head serves the query heads of its group.
+
+    `window` is Mistral's sliding window: a token sees itself and the `window - 1` before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+    ) -> None:
+        self.layer = layer
+        self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
+        self.group = num_q_heads // num_kv_heads
+        self.window = window
+        self.scale = head_dim**-0.5
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """q [num_tokens, q_heads, head_dim], k and v [num_tokens, kv_heads, head_dim]
+        -> [num_tokens, q_heads · head_dim]"""
+        if batch.kv_cache is None:
+            return self._attend(q, k, v, 0).flatten(1)
+        cache = batch.kv_cache.layers[self.layer]
+        cache.write(batch.slot_mapping, k, v)
+        out = torch.empty_like(q)
+        for span in batch.prefills:
+            keys, values = cache.read(span.block_ids)
+            tokens = slice(span.start, span.stop)
+            out[tokens] = self._attend(
+                q[tokens], keys[: span.context_len], values[: span.context_len], span.num_computed
+            )
+        if batch.decode is not None:
+            out[batch.decode.start :] = self._decode(q[batch.decode.start :], cache, batch)
+        return out.flatten(1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_computed: int) -> Tensor:
+        """One sequence: q [n, q_heads, d] at positions from `num_computed` on, k and v from 0 on.
+        -> [n, q_heads, d]"""
+        n, context_len = q.shape[0], k.shape[0]
+        mask = None
+        if self.window is not None or num_computed:
+            positions = torch.arange(num_computed, num_computed + n, device=q.device).unsqueeze(1)
+            keys = torch.arange(context_len, device=q.device)
+            mask = keys <= positions
+            if self.window is not None:
+                mask &= keys > positions - self.window
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),  # [1, q_heads, n, d]
+            k.transpose(0, 1).unsqueeze(0),  # [1, kv_heads, context_len, d]
+            v.transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.group > 1,
+        )
+        return out.squeeze(0).transpose(0, 1)
+
+    def _decode(self, q: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
+        """One token of each sequence: [num_sequences, q_heads, d] -> the same
+
+        The query heads of a group stand where a longer query would have its positions: the KV head
+        is read once for all of them.
+        """
+        span = batch.decode
+        assert span is not None
+        mask = batch.derive(("decode mask", self.window), lambda: span.mask(self.window))
+        num_sequences = q.shape[0]
+        keys, values = cache.read(span.block_ids.flatten())
+        shape = (num_sequences, -1, self.num_kv_heads, self.head_dim)
+        out = F.scaled_dot_product_attention(
+            q.view(num_sequences, self.num_kv_heads, self.group, self.head_dim),
+            keys.view(shape).transpose(1, 2),  # [num_sequences, kv_heads, padded context, d]
+            values.view(shape).transpose(1, 2),
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return out.view(num_sequences, self.num_q_heads, self.head_dim)
+
+

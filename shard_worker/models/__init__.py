@@ -1,0 +1,55 @@
+"""Model families, a file each. A family builds its layers from this rank's tensors and runs them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from colrow.errors import InvalidArgument
+from torch import Tensor
+
+from shard_worker.forward_batch import ForwardBatch
+from shard_worker.layers.embedding import VocabParallelLMHead
+from shard_worker.models.gpt2 import GPT2
+from shard_worker.models.llama import Llama
+from shard_worker.models.mistral import Mistral
+from shard_worker.models.qwen2 import Qwen2
+from shard_worker.models.qwen3 import Qwen3
+from shard_worker.sharding import ShardTensors
+
+
+class Model(Protocol):
+    """A causal language model on this rank's shard."""
+
+    lm_head: VocabParallelLMHead
+    num_layers: int
+    num_kv_heads: int
+    """KV heads of this rank."""
+    head_dim: int
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """-> [num_tokens, hidden], normalised: what the LM head takes"""
+        ...
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Mistral,
+    "Qwen2ForCausalLM": Qwen2,
+    "Qwen3ForCausalLM": Qwen3,
+    "GPT2LMHeadModel": GPT2,
+}
+"""By the `architectures` entry of a config.json."""
+
+
+def build(config: Mapping[str, Any], tensors: ShardTensors) -> Model:
+    """The model of a config.json, its tensors taken and still empty."""
+    (architecture, *_) = config.get("architectures") or [None]
+    if architecture not in FAMILIES:
+        raise InvalidArgument(
+            "config.architectures", architecture, f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    model = FAMILIES[architecture](config, tensors)
+    tensors.check_all_taken()
+    return model
+
+
+__all__ = ["FAMILIES", "Model", "build"]

@@ -1,0 +1,122 @@
+"""One module alone on this rank's shard, without communication: tensor parallelism made visible.
+
+A module goes by its Hugging Face name ("model.layers.3.mlp.down_proj"), also where the serving path
+has merged it with its neighbours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from colrow.errors import InvalidArgument, NotFound
+from torch import Tensor
+
+from shard_worker.forward_batch import ForwardBatch
+from shard_worker.layers.embedding import Embedding, VocabParallelEmbedding, VocabParallelLMHead
+from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear
+from shard_worker.layers.norm import LayerNorm, RMSNorm
+from shard_worker.models import Model
+from shard_worker.sharding import ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A rank's partial output [num_tokens, features] and how the ranks' outputs combine.
+
+    `columns` tells, for "concat", which columns [start, stop) of the whole output these are, in order.
+    """
+
+    output: Tensor
+    combine: str
+    columns: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A checkpoint module within a merged one."""
+
+    linear: ColumnParallelLinear
+    name: str
+
+
+def _find(model: Model, name: str) -> object:
+    """The object that a dotted name leads to. NotFound where the name leads nowhere."""
+    found: object = model
+    for component in name.split("."):
+        if isinstance(found, list) and component.isdecimal() and int(component) < len(found):
+            found = found[int(component)]
+            continue
+        members = {} if isinstance(found, list | _Part) else vars(found)
+        if component in members:
+            found = members[component]
+            continue
+        merged = [
+            member
+            for member in members.values()
+            if isinstance(member, ColumnParallelLinear) and component in member.parts
+        ]
+        if not merged:
+            raise NotFound(
+                f"module = {name!r}: there is no {component!r}",
+                reason="UNKNOWN_MODULE",
+                metadata={"field": "module", "value": name},
+            )
+        found = _Part(merged[0], component)
+    if isinstance(found, ColumnParallelLinear) and len(found.parts) == 1:
+        return _Part(found, found.parts[0])
+    return found
+
+
+@torch.inference_mode()
+def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Tensor) -> Partial:
+    """Runs one module on its whole input and gives this rank's partial output.
+
+    `activation` is [num_tokens, features] in the model's type, or int64 [num_tokens] for an embedding.
+    InvalidArgument names the shape that the module takes; NotFound, the module.
+    """
+    module = _find(model, name)
+    if isinstance(module, VocabParallelEmbedding | Embedding):
+        _check_ids(activation, layout.parameters[f"{name}.weight"].shape[0])
+        if isinstance(module, Embedding):
+            return Partial(module(activation), "replicate")
+        return Partial(module.partial(activation), "sum")
+    if activation.dim() != 2 or not activation.is_floating_point():
+        raise InvalidArgument(
+            "activation", tuple(activation.shape), "a float tensor [num_tokens, features] is needed"
+        )
+    match module:
+        case RMSNorm() | LayerNorm():
+            _check_features(activation, module.weight.shape[0])
+            return Partial(module(activation), "replicate")
+        case _Part(linear=linear, name=part):
+            weight = layout.parameters[f"{name}.weight"]
+            _check_features(activation, weight.shape[1 - (weight.split_dim or 0)])
+            return Partial(linear.part(part, activation), "concat", layout.slices(f"{name}.weight"))
+        case RowParallelLinear():
+            _check_features(activation, module.whole_inputs)
+            return Partial(module.partial(module.select(activation)), "sum")
+        case VocabParallelLMHead():
+            _check_features(activation, module.weight.shape[1])
+            return Partial(module(activation), "concat", ((module.start, module.stop),))
+        case RowParallelBlock():
+            _check_features(activation, model.lm_head.weight.shape[1])
+            # The tokens are one sequence from position 0 on.
+            ids = torch.arange(activation.shape[0])
+            batch = ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids)
+            return Partial(module.partial(activation, batch), "sum")
+    raise InvalidArgument("module", name, "is no module with one input; name one inside it")
+
+
+def _check_features(activation: Tensor, features: int) -> None:
+    if activation.shape[1] != features:
+        raise InvalidArgument(
+            "activation.shape", tuple(activation.shape), f"the module takes [num_tokens, {features}]"
+        )
+
+
+def _check_ids(activation: Tensor, count: int) -> None:
+    if activation.dim() != 1 or activation.dtype != torch.int64:
+        raise InvalidArgument(
+            "activation", tuple(activation.shape), "an embedding takes int64 ids [num_tokens]"
+        )
+    if activation.numel() and not 0 <= int(activation.min()) <= int(activation.max()) < count:
+        raise InvalidArgument("activation", activation.tolist(), f"ids are in [0, {count})")
