@@ -1,4 +1,4 @@
-"""Generates the gRPC stubs from protos/ before the packages are collected; the rest is pyproject.toml."""
+"""Generates the gRPC stubs before packages are collected; all else is in pyproject.toml."""
 
 import runpy
 from pathlib import Path

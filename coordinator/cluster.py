@@ -133,17 +133,13 @@ class Cluster:
         weights = config.memory_weights
         if config.memory_weighted:
             weights = tuple(float(d.memory_available_bytes) for d in descriptions)
-        self.plan = make_plan(
-            spec, self.group.size, dtype=config.dtype, memory_weights=weights
-        )
+        self.plan = make_plan(spec, self.group.size, dtype=config.dtype, memory_weights=weights)
         num_blocks, self._limits = self._size_cache(self.plan)
 
         self._set_state(State.JOINING)
         await self.group.join(self.group.choose_transport(config.transport))
         self._set_state(State.LOADING)
-        await self.group.load(
-            self.model.path, self.model.config_json, self.plan, self._notify
-        )
+        await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
         await self.group.allocate(num_blocks, config.block_size)
         self.scheduler = Scheduler(
             BlockManager(num_blocks, config.block_size),

@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--step-timeout", type=float, default=60.0, help="seconds after which a step has failed")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add(
-        "--port-file", type=Path, help="file to write the port to once it is bound, for --grpc-port 0"
+        "--port-file",
+        type=Path,
+        help="file to write the port to once it is bound, for --grpc-port 0",
     )
     return parser
 

@@ -2,7 +2,7 @@
 
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from colrow import __version__
@@ -44,7 +44,7 @@ _DTYPE_VALUES = {
     "float16": tensor_pb2.DATA_TYPE_FLOAT16,
 }
 _DTYPES = _inverse(_DTYPE_VALUES)
-_ARRAY_TYPES = {
+_ARRAY_TYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
 }
@@ -163,7 +163,7 @@ def model_response(cluster: Cluster) -> _inference_pb.GetModelResponse:
 # Operators' side
 
 
-def dtype(value: int) -> str | None:
+def dtype(value: tensor_pb2.DataType) -> str | None:
     """The name of a model's data type; None where it is not set."""
     if value == tensor_pb2.DATA_TYPE_UNSPECIFIED:
         return None
@@ -216,9 +216,7 @@ def _parameter_message(parameter: ParameterSpec) -> shard_plan_pb2.Parameter:
         shape=parameter.shape,
         split_dim=parameter.split_dim,
         sections=[
-            shard_plan_pb2.Section(
-                axis=_AXIS_VALUES[s.axis], units=s.units, unit_size=s.unit_size
-            )
+            shard_plan_pb2.Section(axis=_AXIS_VALUES[s.axis], units=s.units, unit_size=s.unit_size)
             for s in parameter.sections
         ],
         combine=_COMBINE_VALUES[parameter.combine],
@@ -393,9 +391,7 @@ def step_request(epoch: int, step: Step) -> _worker_pb.ExecuteStepsRequest:
 
 def tensor_message(array: np.ndarray) -> tensor_pb2.Tensor:
     """A float array as float32, an integer one as int64."""
-    kind = (
-        tensor_pb2.DATA_TYPE_INT64 if array.dtype.kind == "i" else tensor_pb2.DATA_TYPE_FLOAT32
-    )
+    kind = tensor_pb2.DATA_TYPE_INT64 if array.dtype.kind == "i" else tensor_pb2.DATA_TYPE_FLOAT32
     data = np.ascontiguousarray(array, dtype=_ARRAY_TYPES[kind])
     return tensor_pb2.Tensor(data_type=kind, shape=data.shape, data=data.tobytes())
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -195,7 +195,7 @@ class Engine:
 
     async def generate(
         self, prompt: SequenceOf[int], sampling: SamplingRequest, max_tokens: int | None
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output, None]:
         """Continues `prompt`. Leaving the iteration ends the request and frees its blocks at once.
 
         InvalidArgument where the request can't be served; Unavailable when a step fails.

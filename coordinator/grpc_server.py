@@ -4,7 +4,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 import grpc
-from colrow.errors import InvalidArgument, NotFound
+from colrow.errors import InvalidArgument, NotFound, Unimplemented
 from colrow.rpc import Server
 from colrow.v1 import (
     control_service_pb2,
@@ -30,8 +30,6 @@ MAX_PLANNED_TP_SIZE = 1024
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
-    """`Score` comes with the base class: UNIMPLEMENTED."""
-
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
@@ -63,6 +61,11 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         finally:
             await outputs.aclose()
 
+    async def Score(
+        self, request: _inference_pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> _inference_pb.ScoreResponse:
+        raise Unimplemented("Score is not there yet")
+
     async def Tokenize(
         self, request: _inference_pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.TokenizeResponse:
@@ -89,9 +92,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         for token in request.token_ids:
             if token >= vocab_size:
                 raise InvalidArgument("token_ids", token, f"the vocabulary has {vocab_size} ids")
-        text = tokenizer.decode(
-            request.token_ids, skip_special_tokens=request.skip_special_tokens
-        )
+        text = tokenizer.decode(request.token_ids, skip_special_tokens=request.skip_special_tokens)
         return _inference_pb.DetokenizeResponse(text=text)
 
     async def GetModel(
@@ -102,8 +103,6 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
 
 class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
-    """`Drain` comes with the base class: UNIMPLEMENTED."""
-
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
@@ -156,6 +155,11 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
             seed=request.seed,
         )
         return convert.layer_response(layer_run)
+
+    async def Drain(
+        self, request: _control_pb.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> _control_pb.DrainResponse:
+        raise Unimplemented("Drain is not there yet")
 
 
 def build(cluster: Cluster) -> Server:

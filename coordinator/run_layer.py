@@ -123,10 +123,6 @@ async def run(
     return LayerRun(tuple(runs), x)
 
 
-async def _run_module(
-    compute_partial: ComputePartial, name: str, x: np.ndarray
-) -> ModuleRun:
+async def _run_module(compute_partial: ComputePartial, name: str, x: np.ndarray) -> ModuleRun:
     partials = tuple(await compute_partial(name, x))
-    return ModuleRun(
-        name, Combine(partials[0].combine), x, partials, combine_partials(partials)
-    )
+    return ModuleRun(name, Combine(partials[0].combine), x, partials, combine_partials(partials))

@@ -46,9 +46,7 @@ class Step:
 class Scheduler:
     """Holds the waiting and running sequences and makes steps of them."""
 
-    def __init__(
-        self, blocks: BlockManager, *, max_batched_tokens: int, max_running: int
-    ) -> None:
+    def __init__(self, blocks: BlockManager, *, max_batched_tokens: int, max_running: int) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.max_running = max_running

@@ -149,8 +149,7 @@ class ShardGroup:
                 raise
 
         tasks = [
-            asyncio.ensure_future(guarded(rank, worker))
-            for rank, worker in enumerate(self.workers)
+            asyncio.ensure_future(guarded(rank, worker)) for rank, worker in enumerate(self.workers)
         ]
         try:
             return list(await asyncio.gather(*tasks))

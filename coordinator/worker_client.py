@@ -42,9 +42,7 @@ class WorkerClient:
 
     async def describe(self, timeout_s: float) -> WorkerDescription:
         """Waits up to `timeout_s` for a worker that is not up yet."""
-        call = self._stub.Describe(
-            _pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True
-        )
+        call = self._stub.Describe(_pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
         try:
             return convert.worker_description((await _answer(call)).worker)
         except ServiceError as error:
@@ -102,9 +100,7 @@ class WorkerClient:
         response = await _answer(self._stub.AllocateKvCache(request, timeout=CALL_TIMEOUT_S))
         return response.kv_cache_bytes
 
-    async def compute_partial(
-        self, *, epoch: int, module: str, activation: np.ndarray
-    ) -> Partial:
+    async def compute_partial(self, *, epoch: int, module: str, activation: np.ndarray) -> Partial:
         request = _pb.ComputePartialRequest(
             epoch=epoch, module=module, activation=convert.tensor_message(activation)
         )
@@ -116,9 +112,7 @@ class WorkerClient:
         if self._steps is not None:
             self._steps.cancel()
             self._steps = None
-        await _answer(
-            self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s)
-        )
+        await _answer(self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s))
 
     def open_steps(self, epoch: int) -> None:
         """Opens the stream that carries the steps of one epoch."""
@@ -139,9 +133,7 @@ class WorkerClient:
             raise error_of(error) from error
         if response is grpc.aio.EOF:
             raise await self._stream_error()
-        return response.step_id, dict(
-            zip(response.sequence_ids, response.token_ids, strict=True)
-        )
+        return response.step_id, dict(zip(response.sequence_ids, response.token_ids, strict=True))
 
     def _open_stream(self) -> Any:
         if self._steps is None:

@@ -4,6 +4,7 @@ Run as `python protos/generate.py`; installing the project runs it too. Needs gr
 mypy-protobuf.
 """
 
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -28,8 +29,6 @@ def generate(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    # protoc finds its mypy plug-in on PATH; an isolated build has it beside its own interpreter.
-    import os
-
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # protoc looks for its mypy plug-in on PATH, which need not have this interpreter's scripts.
+    os.environ["PATH"] = os.pathsep.join((os.environ["PATH"], str(Path(sys.executable).parent)))
     generate(Path(__file__).resolve().parent)

@@ -14,9 +14,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from colrow.errors import DataLoss, InvalidArgument
@@ -53,7 +53,10 @@ class LoadProgress:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, by key. Opening it reads the headers only."""
+    """The tensors of a checkpoint folder, by key. Opening it reads index and headers only.
+
+    `bytes_read` counts those.
+    """
 
     def __init__(
         self, tensors: Mapping[str, StoredTensor], files: FileVersions, bytes_read: int
@@ -65,42 +68,47 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Reads the headers. InvalidArgument when there is no checkpoint, DataLoss when it is broken."""
-        if (folder / INDEX_FILE).is_file():
-            listed = _read_json(folder / INDEX_FILE).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise DataLoss(f"{folder / INDEX_FILE}: weight_map is missing or empty")
-            files = [folder / name for name in sorted(set(listed.values()))]
-            if any(path.parent != folder for path in files):
-                raise DataLoss(f"{folder / INDEX_FILE}: weight_map leaves the folder")
+        index = folder / INDEX_FILE
+        if index.is_file():
+            weight_map = _read_index(index)
+            files, bytes_read = sorted(set(weight_map.values())), index.stat().st_size
         elif (folder / SINGLE_FILE).is_file():
-            listed, files = None, [folder / SINGLE_FILE]
+            weight_map, files, bytes_read = {}, [folder / SINGLE_FILE], 0
         else:
             raise InvalidArgument(
                 "model_path", str(folder), f"has neither {SINGLE_FILE} nor {INDEX_FILE}"
             )
         tensors: dict[str, StoredTensor] = {}
-        bytes_read = 0
         for file in files:
             if not file.is_file():
                 raise DataLoss(f"{file}: is missing; {INDEX_FILE} names it")
             found, header_bytes = _read_header(file)
+            for key in found:
+                if (listed := weight_map.get(key, file)) != file:
+                    raise DataLoss(f"{file}: holds {key!r}; {INDEX_FILE} has it in {listed.name}")
             tensors |= found
             bytes_read += header_bytes
-        if listed is not None and (lost := sorted(listed.keys() - tensors.keys())):
-            raise DataLoss(f"{folder / INDEX_FILE}: no file holds {lost[0]!r}")
+        if lost := sorted(weight_map.keys() - tensors.keys()):
+            raise DataLoss(f"{weight_map[lost[0]]}: lacks {lost[0]!r}; {INDEX_FILE} has it there")
         stats = [(file.name, file.stat()) for file in files]
         versions = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
         return cls(tensors, versions, bytes_read)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_index(file: Path) -> dict[str, Path]:
+    """Where the index says that each key is."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataLoss(f"{file}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataLoss(f"{file}: is no JSON object")
-    return content
+        weight_map = json.loads(file.read_text())["weight_map"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataLoss(f"{file}: is no index: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataLoss(f"{file}: weight_map is empty or no object")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise DataLoss(
+                f"{file}: weight_map has {key!r} in {name!r}, which is no file beside it"
+            )
+    return {key: file.with_name(name) for key, name in weight_map.items()}
 
 
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
@@ -113,23 +121,30 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
         raw = stream.read(header_bytes)
     start = 8 + header_bytes
     tensors = {}
+    spans: list[tuple[int, int, str]] = []
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         for key, entry in header.items():
-            shape = tuple(int(extent) for extent in entry["shape"])
-            begin, end = entry["data_offsets"]
+            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                raise ValueError(f"{key} has shape {shape} at {begin!r} to {end!r}")
             dtype = _DTYPES.get(entry["dtype"])
             if dtype is not None and end - begin != prod(shape) * dtype.itemsize:
                 raise DataLoss(f"{file}: {key} holds {end - begin} bytes for shape {shape}")
-            if not 0 <= begin <= end <= file_bytes - start:
+            if not begin <= end <= file_bytes - start:
                 raise DataLoss(
                     f"{file}: is truncated: {key} ends at byte {start + end} of {file_bytes}"
                 )
+            if begin < end:
+                spans.append((begin, end, key))
             # A type that no model loads (an int mask, say) matters only when a parameter has it.
             tensors[key] = StoredTensor(file, dtype or torch.uint8, shape, start + begin)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataLoss(f"{file}: malformed header: {error!r}") from error
+    for (_, end, key), (begin, _, other) in pairwise(sorted(spans)):
+        if begin < end:
+            raise DataLoss(f"{file}: {key} and {other} overlap")
     return tensors, start
 
 
@@ -149,7 +164,11 @@ def match_keys(
         prefixed = optional_prefix + key
         return prefixed if key not in layout.parameters and prefixed in layout.parameters else key
 
-    stored = {full_name(key): tensor for key, tensor in checkpoint.tensors.items()}
+    stored: dict[str, StoredTensor] = {}
+    for key, tensor in checkpoint.tensors.items():
+        if (name := full_name(key)) in stored:
+            raise InvalidArgument("checkpoint", name, f"is there twice, once as {key}")
+        stored[name] = tensor
     if missing := sorted(layout.parameters.keys() - stored.keys()):
         raise InvalidArgument(
             "checkpoint", _some(missing), f"missing ({len(missing)} of {len(layout.parameters)})"
@@ -191,9 +210,7 @@ def load(
     is called after each parameter. Raises DataLoss when a file ends early.
     """
     assert stored.keys() == destinations.keys(), "every parameter has one place to go"
-    total = sum(
-        prod(layout.local_shape(name)) * stored[name].dtype.itemsize for name in stored
-    )
+    total = sum(prod(layout.local_shape(name)) * stored[name].dtype.itemsize for name in stored)
     done = 0
     with ExitStack() as files:
         descriptors: dict[Path, int] = {}
@@ -219,7 +236,7 @@ def _read_slice(
         and destination.device.type == "cpu"
     )
     buffer = destination if direct else torch.empty(local_shape, dtype=tensor.dtype)
-    memory = memoryview(buffer.detach().view(-1).view(torch.uint8).numpy())
+    memory = memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     split = layout.parameters[name].split_dim or 0
     row_bytes = prod(tensor.shape[split + 1 :]) * tensor.dtype.itemsize  # one index of the split

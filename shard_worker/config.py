@@ -35,7 +35,10 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
     )
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="where the shard lives")
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads for computing; with one worker a core, 1"
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads for computing; with one worker a core, 1",
     )
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"

@@ -75,15 +75,13 @@ def load_request(request: _pb.LoadShardRequest) -> LoadRequest:
         config=config,
         dtype=_DTYPES[request.data_type],
         parameters=[_parameter(parameter) for parameter in request.parameters],
-        ranks=[
-            {_axis(r.axis): (r.start, r.stop) for r in rank.ranges} for rank in request.ranks
-        ],
+        ranks=[{_axis(r.axis): (r.start, r.stop) for r in rank.ranges} for rank in request.ranks],
         ignored_keys=list(request.ignored_keys),
         optional_prefix=request.optional_prefix,
     )
 
 
-def _axis(axis: int) -> str:
+def _axis(axis: shard_plan_pb2.Axis) -> str:
     if axis not in _AXES:
         raise InvalidArgument("axis", axis, "is not known to this worker")
     return _AXES[axis]

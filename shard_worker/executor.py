@@ -188,9 +188,7 @@ class Executor:
                 return communicator_id
         raise InvalidArgument("transport", transport, "is none of single, shm, gloo")
 
-    async def join(
-        self, group: Group, communicator_id: bytes, timeout_s: float
-    ) -> None:
+    async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> None:
         """Joins the other ranks of `group`; weights of the same rank and size stay in memory."""
         if group.epoch <= self._last_epoch:
             raise FailedPrecondition(
@@ -206,9 +204,7 @@ class Executor:
             raise InvalidArgument("rank", group.rank, f"the size is {group.size}")
         self._last_epoch, self._group = group.epoch, group
         try:
-            comm = await self._on_device(
-                lambda: self._join(group, communicator_id, timeout_s)
-            )
+            comm = await self._on_device(lambda: self._join(group, communicator_id, timeout_s))
         except BaseException:
             self._group = None
             raise
@@ -256,21 +252,21 @@ class Executor:
         """
         group = self._check(epoch, State.JOINED)
         loop = asyncio.get_running_loop()
+
+        def report(now: checkpoint.LoadProgress) -> None:
+            loop.call_soon_threadsafe(progress, now)
+
         self._state, self._runner = State.LOADING, None
         try:
-            self._shard = await self._on_device(
-                lambda: self._load(
-                    group, request, lambda p: loop.call_soon_threadsafe(progress, p)
-                )
-            )
+            shard = await self._on_device(lambda: self._load(group, request, report))
         except BaseException:
             if self._group is group:
                 self._state = State.JOINED
             raise
         self._check(epoch, State.LOADING)
-        self._state = State.LOADED
-        log.info("loaded %d bytes from %s", self._shard.weight_bytes, request.model_path)
-        return self._shard.weight_bytes
+        self._shard, self._state = shard, State.LOADED
+        log.info("loaded %d bytes from %s", shard.weight_bytes, request.model_path)
+        return shard.weight_bytes
 
     def _load(
         self,

@@ -70,9 +70,7 @@ class _Sequence:
 class ModelRunner:
     """Executes steps on one shard; every rank runs the same steps and keeps the same sequences."""
 
-    def __init__(
-        self, model: Model, sampler: Sampler, kv_cache: KvCache, vocab_size: int
-    ) -> None:
+    def __init__(self, model: Model, sampler: Sampler, kv_cache: KvCache, vocab_size: int) -> None:
         self.model = model
         self.sampler = sampler
         self.kv_cache = kv_cache
@@ -96,9 +94,7 @@ class ModelRunner:
                 tokens = self.sampler(logits, [self._draw(chunk) for chunk in sampling])
         for chunk in chunks:
             self._sequences[chunk.sequence_id].num_computed += chunk.num_tokens
-        sampled = {
-            chunk.sequence_id: token for chunk, token in zip(sampling, tokens, strict=True)
-        }
+        sampled = {chunk.sequence_id: token for chunk, token in zip(sampling, tokens, strict=True)}
         for sequence_id, token in sampled.items():
             self._sequences[sequence_id].token_ids.append(token)
         ordered = [c.sequence_id for c in step.chunks if c.sequence_id in sampled]
@@ -118,7 +114,8 @@ class ModelRunner:
                 raise InvalidArgument(field, new.sequence_id, "is known already")
             if not 0 < new.num_prompt_tokens <= len(new.token_ids):
                 raise InvalidArgument(
-                    f"{field}.num_prompt_tokens", new.num_prompt_tokens,
+                    f"{field}.num_prompt_tokens",
+                    new.num_prompt_tokens,
                     f"there are {len(new.token_ids)} tokens",
                 )
             for token in new.token_ids:
@@ -143,19 +140,22 @@ class ModelRunner:
                 raise InvalidArgument(field, chunk.sequence_id, "is not known")
             if not 0 < chunk.num_tokens <= num_tokens - computed:
                 raise InvalidArgument(
-                    f"{field}.num_tokens", chunk.num_tokens,
+                    f"{field}.num_tokens",
+                    chunk.num_tokens,
                     f"{num_tokens - computed} tokens are left to compute",
                 )
             room = (blocks + len(chunk.new_block_ids)) * self.kv_cache.block_size
             if computed + chunk.num_tokens > room:
                 raise InvalidArgument(
-                    f"{field}.new_block_ids", list(chunk.new_block_ids),
+                    f"{field}.new_block_ids",
+                    list(chunk.new_block_ids),
                     f"{computed + chunk.num_tokens} tokens need more blocks",
                 )
             for block in chunk.new_block_ids:
                 if not 0 <= block < self.kv_cache.num_blocks:
                     raise InvalidArgument(
-                        f"{field}.new_block_ids", block,
+                        f"{field}.new_block_ids",
+                        block,
                         f"the cache has {self.kv_cache.num_blocks} blocks",
                     )
         for sequence_id in step.finished:

@@ -109,7 +109,9 @@ def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Te
 def _check_features(activation: Tensor, features: int) -> None:
     if activation.shape[1] != features:
         raise InvalidArgument(
-            "activation.shape", tuple(activation.shape), f"the module takes [num_tokens, {features}]"
+            "activation.shape",
+            tuple(activation.shape),
+            f"the module takes [num_tokens, {features}]",
         )
 
 

@@ -142,7 +142,7 @@ class ShardTensors:
         `transposed` is for checkpoints that keep weights as [inputs, outputs].
         """
         names = tuple(names)
-        shapes = [self._shape(name)[::-1 if transposed else 1] for name in names]
+        shapes = [self._shape(name)[:: -1 if transposed else 1] for name in names]
         rows = [shape[0] for shape in shapes]
         merged = torch.empty((sum(rows), *shapes[0][1:]), dtype=self.dtype, device=self.device)
         for name, part in zip(names, merged.split(rows), strict=True):

@@ -67,8 +67,12 @@ VARIATIONS = {
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
     ),
     "mistral": _llama_like(
-        transformers.MistralConfig, num_attention_heads=7, num_key_value_heads=7,
-        hidden_size=56, head_dim=8, sliding_window=24,
+        transformers.MistralConfig,
+        num_attention_heads=7,
+        num_key_value_heads=7,
+        hidden_size=56,
+        head_dim=8,
+        sliding_window=24,
     ),
     "qwen2": _llama_like(transformers.Qwen2Config, intermediate_size=97),
     "qwen3": _llama_like(transformers.Qwen3Config, head_dim=16, intermediate_size=101),
@@ -90,7 +94,7 @@ VARIATIONS = {
 
 
 def build(variation: str, folder: Path, **save: Any) -> Path:
-    """Writes the checkpoint of a variation, always with the same weights; `save` goes to transformers."""
+    """Writes a variation's checkpoint, always the same weights; `save` goes to transformers."""
     chosen = VARIATIONS[variation]
     torch.manual_seed(sum(variation.encode()))
     config = chosen.config(**chosen.settings)

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client import Colrow
 from colrow.errors import Unavailable
+
+from client import Colrow
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
@@ -135,9 +136,7 @@ def wait_until_serving(service: Service, client: Colrow) -> None:
 
 
 @contextlib.contextmanager
-def cluster(
-    pool: WorkerPool, model: Path, tp: int, *arguments: str
-) -> Iterator[RunningCluster]:
+def cluster(pool: WorkerPool, model: Path, tp: int, *arguments: str) -> Iterator[RunningCluster]:
     """The model on `tp` workers of the pool, serving; extra arguments go to the coordinator."""
     service = start_coordinator(model, pool.addresses(tp), *arguments)
     try:

@@ -44,9 +44,7 @@ class InvalidArgument(ServiceError, ValueError):
         shown = repr(value)
         if len(shown) > 200:
             shown = f"{shown[:200]}…"
-        super().__init__(
-            f"{field} = {shown}: {problem}", metadata={"field": field, "value": shown}
-        )
+        super().__init__(f"{field} = {shown}: {problem}", metadata={"field": field, "value": shown})
         self.field = field
 
 
@@ -99,6 +97,13 @@ class Aborted(ServiceError):
     reason = "ABORTED"
 
 
+class Unimplemented(ServiceError):
+    """The contract has this call; this version does not answer it yet."""
+
+    code = "UNIMPLEMENTED"
+    reason = "NOT_YET"
+
+
 class Internal(ServiceError):
     """A bug, or a machine that misbehaves."""
 
@@ -113,6 +118,7 @@ BY_CODE: dict[str, type[ServiceError]] = {
         DeadlineExceeded,
         DataLoss,
         Aborted,
+        Unimplemented,
         Internal,
     )
 }

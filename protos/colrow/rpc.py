@@ -54,14 +54,19 @@ def _status(error: ServiceError) -> Any:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     return rpc_status.to_status(
-        status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+        status_pb2.Status(
+            code=code_pb2.Code.Value(error.code), message=error.message, details=packed
+        )
     )
 
 
-def error_of(error: grpc.RpcError) -> ServiceError:
-    """The `ServiceError` that a failed call carries; codes of other servers keep their message."""
-    code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
-    message = error.details() or code.name  # type: ignore[attr-defined]
+def error_of(error: Any) -> ServiceError:
+    """The `ServiceError` that a failed call (`grpc.RpcError`) carries.
+
+    Codes of other servers keep their message.
+    """
+    code: grpc.StatusCode = error.code()
+    message = error.details() or code.name
     kind = BY_CODE.get(code.name, ServiceError)
     result = kind(message)
     result.code = code.name
@@ -75,24 +80,24 @@ def error_of(error: grpc.RpcError) -> ServiceError:
     return result
 
 
-def _status_of(error: grpc.RpcError) -> status_pb2.Status | None:
+def _status_of(error: Any) -> status_pb2.Status | None:
     # Read here and not with rpc_status.from_call, which refuses the metadata of grpc.aio errors.
-    for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
+    for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             return status_pb2.Status.FromString(value)
     return None
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends calls that raise a `ServiceError` with its status, and bugs with INTERNAL and a log."""
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method  # type: ignore[attr-defined]
+        method = handler_call_details.method
         if handler is None or not method.startswith("/colrow."):
             return handler
         wrap = _guard_stream if handler.response_streaming else _guard_unary
@@ -101,9 +106,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[handler.request_streaming, handler.response_streaming]
-        behaviour = (
-            handler.stream_stream or handler.unary_stream or handler.unary_unary
-        )
+        behaviour = handler.stream_stream or handler.unary_stream or handler.unary_unary
         return kind(
             wrap(behaviour, method), handler.request_deserializer, handler.response_serializer
         )

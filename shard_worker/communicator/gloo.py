@@ -143,6 +143,7 @@ class GlooCommunicator(Communicator):
             raise ValueError("store: rank 0 passes the one it created, the other ranks None")
         deadline = time.monotonic() + timeout_s
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._threads = 1  # they run collectives, of which we use none
         try:
             options._devices = [ProcessGroupGloo.create_device(hostname=interface_host)]
         except RuntimeError as error:

@@ -89,5 +89,3 @@ class Attention:
             scale=self.scale,
         )
         return out.view(num_sequences, self.num_q_heads, self.head_dim)
-
-

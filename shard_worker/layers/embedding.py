@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shard_worker.layers.linear import Weight
 from shard_worker.sharding import ShardTensors
 
 
@@ -47,7 +48,9 @@ class VocabParallelLMHead:
         self, tensors: ShardTensors, module: str, tied_to: VocabParallelEmbedding | None = None
     ) -> None:
         self.tp = tensors.tp
-        self.weight = tied_to.weight if tied_to else tensors.take(f"{module}.weight")
+        self.weight = Weight(
+            tensors, tied_to.weight if tied_to else tensors.take(f"{module}.weight")
+        )
         self.start, self.stop = tensors.layout.ranges["vocab"]
         self.rank_sizes = tuple(
             stop - start for start, stop in (ranges["vocab"] for ranges in tensors.layout.ranks)
@@ -55,4 +58,4 @@ class VocabParallelLMHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, hidden] -> float32 [num_rows, vocabulary of this rank]"""
-        return F.linear(x, self.weight).float()
+        return self.weight.multiply(x).float()

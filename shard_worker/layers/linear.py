@@ -10,42 +10,49 @@ from shard_worker.forward_batch import ForwardBatch
 from shard_worker.sharding import ShardTensors
 
 
+class Weight:
+    """A [outputs, inputs] weight and the product with it.
+
+    Once loaded, it goes into the layout that the device multiplies fastest: oneDNN reorders a plain
+    bfloat16 weight at every call, which is half the time of a small batch on a CPU, and takes a
+    reordered one as it is. The plain one is given up here; a tied embedding still holds
+    it, so its slice is in memory twice.
+    """
+
+    def __init__(self, tensors: ShardTensors, plain: Tensor) -> None:
+        self.shape = plain.shape
+        self._plain: Tensor | None = plain
+        self._packed: Tensor | None = None
+        tensors.preparations.append(self._pack)
+
+    def _pack(self) -> None:
+        assert self._plain is not None
+        if self._plain.device.type == "cpu" and self._plain.dtype == torch.bfloat16:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, 1)
+            self._plain = None
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias: [num_tokens, inputs] -> [num_tokens, outputs]"""
+        if self._packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        assert self._plain is not None
+        return F.linear(x, self._plain, bias)
+
+
 class _Linear:
-    """y = x Wᵀ + b on this rank's slice; `parts` names the checkpoint modules merged in W's rows."""
+    """y = x Wᵀ + b on this rank's slice; `names` are checkpoint modules merged in the rows of W."""
 
     def __init__(
         self, tensors: ShardTensors, prefix: str, names: tuple[str, ...], transposed: bool
     ) -> None:
         modules = [f"{prefix}.{name}" for name in names]
-        self.tp = tensors.tp
-        self.weight = tensors.take_merged(
-            [f"{module}.weight" for module in modules], transposed=transposed
-        )
+        weights = [f"{module}.weight" for module in modules]
         biases = [f"{module}.bias" for module in modules]
+        self.tp = tensors.tp
+        self.weight = Weight(tensors, tensors.take_merged(weights, transposed=transposed))
         self.bias = tensors.take_merged(biases) if tensors.has(biases[0]) else None
-        rows = [
-            tensors.layout.local_shape(f"{module}.weight")[1 if transposed else 0]
-            for module in modules
-        ]
-        self.part_sizes = tuple(rows)
-        self._packed: Tensor | None = None
-        tensors.preparations.append(self.pack)
-
-    def pack(self) -> None:
-        """Brings a loaded weight into the layout that the device multiplies fastest.
-
-        oneDNN reorders a plain bfloat16 weight at every call, which costs half of a small-batch
-        decode on a CPU; it takes a reordered one as it is. The plain weight is given up.
-        """
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
-            self.weight = torch.empty(0, dtype=torch.bfloat16)
-
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[num_tokens, inputs] -> [num_tokens, outputs of this rank]"""
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
-        return F.linear(x, self.weight, bias)
+        outputs = 1 if transposed else 0
+        self.part_sizes = tuple(tensors.layout.local_shape(name)[outputs] for name in weights)
 
 
 class ColumnParallelLinear(_Linear):
@@ -68,7 +75,7 @@ class ColumnParallelLinear(_Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, inputs] -> [num_tokens, outputs of this rank]"""
-        return self.matmul(x, self.bias)
+        return self.weight.multiply(x, self.bias)
 
     def part(self, name: str, x: Tensor) -> Tensor:
         """The output of one of the merged modules."""
@@ -89,7 +96,7 @@ class RowParallelLinear(_Linear):
     def partial(self, x: Tensor) -> Tensor:
         """This rank's term: [num_tokens, inputs of this rank] -> [num_tokens, outputs]"""
         # The bias is part of the sum once.
-        return self.matmul(x, self.bias if self.tp.rank == 0 else None)
+        return self.weight.multiply(x, self.bias if self.tp.rank == 0 else None)
 
     def reduce(self, partial: Tensor) -> Tensor:
         """Sums the ranks' terms in place: [num_tokens, outputs]"""

@@ -57,19 +57,20 @@ class RotaryEmbedding:
         self.dtype = dtype
 
     def __call__(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """-> cos and sin of the batch's positions, [num_tokens, 1, head_dim / 2] each"""
+        """-> cos and signed sin of the batch's positions, [num_tokens, 1, head_dim] each"""
         return batch.derive("rotation", lambda: self._rotation(batch.positions))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions.float().unsqueeze(-1) * self.inverse
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return (
-            angles.cos().to(self.dtype).unsqueeze(1),
-            angles.sin().to(self.dtype).unsqueeze(1),
+            torch.cat((cos, cos), dim=-1).unsqueeze(1),
+            torch.cat((-sin, sin), dim=-1).unsqueeze(1),
         )
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """[num_tokens, heads, head_dim] -> the same, each head's pairs (i, i + head_dim / 2) rotated"""
-    cos, sin = rotation
+    cos, signed_sin = rotation
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin)

@@ -1,6 +1,6 @@
 """Model families, a file each. A family builds its layers from this rank's tensors and runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from colrow.errors import InvalidArgument
@@ -30,7 +30,7 @@ class Model(Protocol):
         ...
 
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[[Mapping[str, Any], ShardTensors], Model]] = {
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Mistral,
     "Qwen2ForCausalLM": Qwen2,
