@@ -25,6 +25,8 @@ from coordinator.model_spec import (
     vocab_embedding,
 )
 
+MAX_LAYERS = 4096
+MAX_SIZE = 2**31 - 1
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "linear", "llama3")
 GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
@@ -55,10 +57,13 @@ class Fields:
         return value
 
     def size(self, name: str, absent: int | _Required = _REQUIRED) -> int:
-        """A positive whole number."""
+        """A positive whole number within reason: a config may come from anybody."""
         value = self.get(name, absent)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{self.prefix}{name} must be a positive integer, got {value!r}")
+        limit = MAX_LAYERS if name in ("num_hidden_layers", "n_layer") else MAX_SIZE
+        if value > limit:
+            raise ValueError(f"{self.prefix}{name} must be at most {limit}, got {value}")
         return value
 
     def optional_size(self, name: str, absent: int | _Required | None = _REQUIRED) -> int | None:

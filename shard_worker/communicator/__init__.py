@@ -98,7 +98,8 @@ class Communicator(ABC):
 
     rank, size: this rank and the number of ranks. transport: "single", "shm", "gloo" or "nccl".
     stats: what this rank has communicated so far. op_timeout_s: the longest that a collective waits
-    for its peers, in seconds; it may be changed between collectives.
+    for its peers, in seconds (over shm: for each chunk of a large tensor); it may be changed between
+    collectives.
     """
 
     transport: str

@@ -167,7 +167,8 @@ class ShmCommunicator(Communicator):
         on all ranks; larger tensors go in chunks. op_timeout_s: see `Communicator`.
 
         Once any rank's join has returned, the segment has no name any more: the kernel frees it
-        with the last process, however that process ends.
+        with the last process, however that process ends. The name of a join that fails goes with
+        the first rank to give up; it stays only if all ranks are killed in the midst of joining.
 
         Raises ValueError for a bad argument, CommunicatorTimeout naming the ranks that are missing,
         CommunicatorError when the ranks disagree on size, capacity or layout, when a rank joins
