@@ -15,6 +15,7 @@ from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Una
 from coordinator.block_manager import BlockManager
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine, ModelLimits
+from coordinator.families import Fields
 from coordinator.model_spec import ModelSpec, model_spec
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
@@ -24,6 +25,7 @@ from coordinator.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 STATUS_TIMEOUT_S = 2.0
 
 
@@ -51,24 +53,25 @@ class ModelFolder:
         file = path / CONFIG_FILE
         if not file.is_file():
             raise InvalidArgument("model", str(path), f"is no folder with a {CONFIG_FILE}")
-        text = file.read_text()
-        spec = model_spec(parse_config(text))
-        if (generation := path / "generation_config.json").is_file():
+        text = file.read_text(errors="replace")
+        spec = model_spec(parse_config(text, CONFIG_FILE))
+        if (file := path / GENERATION_CONFIG_FILE).is_file():
             # Chat models often end their turns with a token that only this file names.
-            ids = parse_config(generation.read_text()).get("eos_token_id")
-            listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            spec = replace(spec, eos_token_ids=tuple({*spec.eos_token_ids, *listed}))
+            generation = parse_config(file.read_text(errors="replace"), GENERATION_CONFIG_FILE)
+            fields = Fields(generation, prefix=f"{GENERATION_CONFIG_FILE}: ")
+            ids = fields.token_ids("eos_token_id", None)
+            spec = replace(spec, eos_token_ids=tuple({*spec.eos_token_ids, *ids}))
         return cls(path.resolve(), text, spec, Tokenizer.load(path))
 
 
-def parse_config(text: str) -> dict[str, Any]:
-    """The object of a config.json; InvalidArgument where the text is none."""
+def parse_config(text: str, field: str = "config_json") -> dict[str, Any]:
+    """The object of a config.json; InvalidArgument of `field` where the text is none."""
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument("config_json", text, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(field, text, str(error)) from error
     if not isinstance(config, dict):
-        raise InvalidArgument("config_json", text, "is no JSON object")
+        raise InvalidArgument(field, text, "is no JSON object")
     return config
 
 

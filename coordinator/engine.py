@@ -94,7 +94,12 @@ class _Stream:
         tokens, self.tokens = tuple(self.tokens), []
         if not tokens and self.error is not None:
             raise self.error
-        text = "".join(self.text.feed(token) for token in tokens) if self.text else ""
+        text = ""
+        if self.text:
+            # A token that ends the sequence says so and nothing else.
+            stopped = self.sequence.finish_reason is FinishReason.STOP
+            shown = tokens[:-1] if stopped else tokens
+            text = "".join(self.text.feed(token) for token in shown)
         if self.error is not None:
             self.ready.set()
         return Output(text, tokens, self.sequence.finish_reason)
@@ -210,7 +215,7 @@ class Engine:
             max_tokens=max_tokens,
             stop_token_ids=frozenset(self.limits.eos_token_ids),
         )
-        stream = _Stream(sequence, self._tokenizer.stream() if self._tokenizer else None)
+        stream = _Stream(sequence, self._tokenizer.stream(prompt) if self._tokenizer else None)
         self._streams[sequence.sequence_id] = stream
         self.scheduler.add(sequence)
         self.num_prompt_tokens += len(prompt)

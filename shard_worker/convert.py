@@ -61,7 +61,7 @@ def group(request: _pb.JoinGroupRequest) -> Group:
 def load_request(request: _pb.LoadShardRequest) -> LoadRequest:
     try:
         config = json.loads(request.config_json)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument("config_json", request.config_json, str(error)) from error
     if not isinstance(config, dict):
         raise InvalidArgument("config_json", request.config_json, "is no JSON object")

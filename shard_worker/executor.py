@@ -171,7 +171,8 @@ class Executor:
             kv_cache_bytes=self._runner.kv_cache.num_bytes if self._runner else 0,
             resident_bytes=psutil.Process().memory_info().rss,
             file_bytes_read=self._file_bytes_read,
-            communication=self._tp.comm.stats if self._tp else None,
+            # One rank has nobody to communicate with.
+            communication=self._tp.comm.stats if self._tp and self._tp.size > 1 else None,
         )
 
     def create_communicator_id(self, transport: str) -> bytes:
@@ -202,6 +203,8 @@ class Executor:
             )
         if not 0 <= group.rank < group.size:
             raise InvalidArgument("rank", group.rank, f"the size is {group.size}")
+        if not 0 <= timeout_s < float("inf"):  # also refuses NaN
+            raise InvalidArgument("timeout_s", timeout_s, "is no time to wait")
         self._last_epoch, self._group = group.epoch, group
         try:
             comm = await self._on_device(lambda: self._join(group, communicator_id, timeout_s))
@@ -283,11 +286,11 @@ class Executor:
             tuple(request.ranks),
         )
         opened = checkpoint.Checkpoint.open(request.model_path)
+        self._file_bytes_read += opened.bytes_read
         held = self._shard
         if held and (held.request, held.files) == (request, opened.files):
             return held
         self._shard = None  # its memory is free before the new one is allocated
-        self._file_bytes_read += opened.bytes_read
         stored = checkpoint.match_keys(
             layout, opened, request.ignored_keys, request.optional_prefix
         )

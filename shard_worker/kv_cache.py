@@ -5,6 +5,7 @@ from math import prod
 
 import numpy as np
 import torch
+from colrow.errors import ResourceExhausted
 from torch import Tensor
 
 
@@ -48,15 +49,23 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KvCache":
+        """ResourceExhausted when the system has not that much memory to promise."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        num_bytes = prod(shape) * dtype.itemsize
 
         def zeros() -> Tensor:
             # NumPy's zeros come lazily from the system, so a block takes memory once it is written;
             # torch would write them. They must be finite: what a mask hides is multiplied by zero.
-            lazy = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+            lazy = np.zeros(num_bytes, dtype=np.uint8)
             return torch.from_numpy(lazy).view(dtype).view(shape).to(device)
 
-        layers = tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers))
+        try:
+            layers = tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers))
+        except (MemoryError, ValueError) as error:
+            raise ResourceExhausted(
+                f"num_blocks = {num_blocks}: of {block_size} tokens each they take "
+                f"{2 * num_layers * num_bytes} bytes of KV cache, more than there are"
+            ) from error
         return cls(layers, num_blocks, block_size)
 
     @property

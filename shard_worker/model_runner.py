@@ -108,9 +108,10 @@ class ModelRunner:
     def _admit(self, step: Step) -> None:
         """Checks the step and takes over what it changes."""
         known = self._sequences.keys() - set(step.finished)
+        fresh: dict[int, NewSequence] = {}
         for new in step.new_sequences:
             field = f"new_sequences[{new.sequence_id}]"
-            if new.sequence_id in known:
+            if new.sequence_id in known or new.sequence_id in fresh:
                 raise InvalidArgument(field, new.sequence_id, "is known already")
             if not 0 < new.num_prompt_tokens <= len(new.token_ids):
                 raise InvalidArgument(
@@ -123,7 +124,7 @@ class ModelRunner:
                     raise InvalidArgument(
                         f"{field}.token_ids", token, f"the vocabulary has {self.vocab_size} ids"
                     )
-        fresh = {new.sequence_id: new for new in step.new_sequences}
+            fresh[new.sequence_id] = new
         seen = set()
         for chunk in step.chunks:
             field = f"chunks[{chunk.sequence_id}]"

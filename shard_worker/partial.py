@@ -42,10 +42,9 @@ def _find(model: Model, name: str) -> object:
     """The object that a dotted name leads to. NotFound where the name leads nowhere."""
     found: object = model
     for component in name.split("."):
-        if isinstance(found, list) and component.isdecimal() and int(component) < len(found):
-            found = found[int(component)]
-            continue
-        members = {} if isinstance(found, list | _Part) else vars(found)
+        members: dict[str, object] = getattr(found, "__dict__", {})
+        if isinstance(found, list):
+            members = {str(index): member for index, member in enumerate(found)}
         if component in members:
             found = members[component]
             continue

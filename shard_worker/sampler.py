@@ -73,7 +73,9 @@ def draw_token(logits: Tensor, draw: Draw) -> int:
     uniform = np.random.Generator(
         np.random.Philox(key=np.array([sampling.seed, draw.index], dtype=np.uint64))
     ).random()
-    scaled = logits.double() / sampling.temperature
+    # Where float16 overflowed there are infinities; a softmax of them would be NaN everywhere.
+    finite = logits.nan_to_num(nan=torch.finfo(logits.dtype).min)
+    scaled = finite.double() / sampling.temperature
     token_ids = None
     if 0 < sampling.top_k < scaled.numel():
         scaled, token_ids = scaled.topk(sampling.top_k)

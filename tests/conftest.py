@@ -1,9 +1,11 @@
 """Fixtures that several test modules share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from client.demo_model import DEMO_MODEL_NAME, convert_demo_model
 from tests.clusters import WorkerPool
 
 
@@ -13,3 +15,16 @@ def worker_pool() -> Iterator[WorkerPool]:
     pool = WorkerPool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, converted once; where `colrow` finds it with `demo_cache_home`."""
+    cache = tmp_path_factory.mktemp("cache")
+    return convert_demo_model(cache / "colrow" / "models" / DEMO_MODEL_NAME)
+
+
+@pytest.fixture(scope="session")
+def demo_cache_home(demo_model_folder: Path) -> Path:
+    """What `XDG_CACHE_HOME` has to be for the command to find the demo model converted."""
+    return demo_model_folder.parents[2]

@@ -13,11 +13,13 @@ from shard_worker.forward_batch import ForwardBatch
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of a config.json, or what older files say in `rope_theta`, `rope_scaling`."""
-    settings = {"rope_type": "default", "rope_theta": config.get("rope_theta") or 10000.0}
-    for key in ("rope_scaling", "rope_parameters"):
-        settings |= config.get(key) or {}
-    settings["rope_type"] = settings.get("type", settings["rope_type"])
-    return settings
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    defaults = {
+        "rope_type": given.get("type", "default"),  # what transformers before 4.43 wrote
+        "rope_theta": config.get("rope_theta") or 10000.0,
+        "original_max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    return defaults | {key: value for key, value in given.items() if value is not None}
 
 
 def inverse_frequencies(settings: Mapping[str, Any], head_dim: int) -> Tensor:

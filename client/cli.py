@@ -1,0 +1,250 @@
+"""The `colrow` command.
+
+Modules that take long to import are imported by the commands that need them, or `--help` would wait
+for them.
+"""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from colrow import __version__
+from colrow.errors import ServiceError
+from typer.core import TyperGroup
+
+from client.cli_processes import coordinator, serve, worker
+from client.local_cluster import ClusterError
+from client.options import DataType, Json, MemoryWeights, Model, Target, TensorParallel
+
+DEMO_QUESTION = "How do plants make food?"
+
+
+class _Group(TyperGroup):
+    """Says what went wrong in one line where a user can have caused it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ServiceError, ValueError, ClusterError) as error:
+            print(f"colrow: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"colrow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _colrow(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Serves language models with tensor parallelism.
+
+    Every weight matrix is cut along its columns or its rows; each shard worker holds one cut.
+
+    Example, to begin with: colrow demo
+    """
+
+
+app.command()(serve)
+
+
+@app.command()
+def demo(
+    tp: TensorParallel = 2,
+    question: Annotated[str, typer.Option(help="What to ask.")] = DEMO_QUESTION,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 96,
+) -> None:
+    """Serve the demo model, ask it, and show what each rank held and what was communicated.
+
+    Example: colrow demo --tp 3
+    """
+    from client.demo import run_demo
+    from client.serving import termination_interrupts
+
+    with termination_interrupts():
+        run_demo(tp, question, max_tokens)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer; - reads stdin.")],
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Render PROMPT with the model's chat template, or take it as it is.",
+            show_default="chat if the model has a template",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample among the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the tokens that make up this probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same seed gives the same text.")
+    ] = None,
+    target: Target = None,
+) -> None:
+    """Stream the answer to a prompt.
+
+    With no cluster running, the demo model is started for it.
+
+    Example: colrow generate "What is the capital of Japan?" --max-tokens 32
+    """
+    from client.answer import stream_answer
+    from client.serving import connected_or_demo, termination_interrupts
+    from client.views import console
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = console(stderr=True)
+    with termination_interrupts(), connected_or_demo(target, messages) as (colrow, model):
+        as_chat = model.has_chat_template if chat is None else chat
+        if system is not None and not as_chat:
+            raise ValueError("system: needs a chat; leave out --raw, or the model has no template")
+        asked: Any = text
+        if as_chat:
+            asked = [{"role": "system", "content": system}] if system is not None else []
+            asked.append({"role": "user", "content": text})
+        answer = stream_answer(
+            colrow,
+            asked,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        messages.print(answer.summary, style="dim")
+
+
+@app.command()
+def status(target: Target = None, as_json: Json = False) -> None:
+    """Show a running cluster: its state, and what each rank holds and has communicated.
+
+    Example: colrow status --target localhost:50051 --json
+    """
+    from client.serving import DEFAULT_TARGET, connected
+    from client.views import console, message_data, status_tables
+
+    with connected(target or DEFAULT_TARGET) as (colrow, _):
+        cluster = colrow.cluster()
+    if as_json:
+        print(json.dumps(message_data(cluster), indent=2))
+        return
+    out = console()
+    for table in status_tables(cluster):
+        out.print(table)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    tp: TensorParallel = 2,
+    dtype: DataType = "auto",
+    memory_weights: MemoryWeights = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a model would be cut over N ranks, from its config.json alone.
+
+    Neither its weights nor a cluster are needed.
+
+    Example: colrow plan Qwen/Qwen3-0.6B --tp 4
+    """
+    from client.plan_view import load_spec, plan_data, plan_summary, plan_tables
+    from client.serving import parse_memory_weights
+    from client.views import console, progress_view
+    from coordinator.shard_plan import make_plan
+
+    with progress_view(console(stderr=True)) as progress:
+        spec = load_spec(model, progress)
+    if memory_weights == "auto":
+        raise ValueError("memory-weights = 'auto': only running workers know their memory")
+    cut = make_plan(
+        spec,
+        tp,
+        dtype=None if dtype == "auto" else dtype,
+        memory_weights=parse_memory_weights(memory_weights),
+    )
+    if as_json:
+        print(json.dumps(plan_data(cut), indent=2))
+        return
+    out = console()
+    for table in plan_tables(cut):
+        out.print(table)
+    for line in plan_summary(cut):
+        out.print(line)
+
+
+@app.command()
+def layer(
+    layer: Annotated[
+        str, typer.Argument(help="A layer's number, or a module outside of them: lm_head.")
+    ],
+    module: Annotated[
+        str,
+        typer.Argument(
+            help="Within the layer: mlp.down_proj, self_attn.", show_default="the whole layer"
+        ),
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of noise to send through.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    target: Target = None,
+) -> None:
+    """Look inside a layer: each rank's partial output, and what the partial outputs combine to.
+
+    It sends seeded noise through the layer, or through one module of it.
+
+    With no cluster running, the demo model is started for it.
+
+    Example: colrow layer 3 mlp.down_proj
+    """
+    from client.layer_view import show_layer
+    from client.serving import connected_or_demo, termination_interrupts
+    from client.views import console
+
+    number = int(layer) if layer.isdecimal() else None
+    name = module if number is not None else ".".join(filter(None, (layer, module)))
+    with (
+        termination_interrupts(),
+        connected_or_demo(target, console(stderr=True)) as (colrow, _),
+    ):
+        response = colrow.run_layer(layer=number, module=name, num_tokens=tokens, seed=seed)
+        show_layer(console(), response)
+
+
+for _service in (coordinator, worker):
+    app.command(
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        add_help_option=False,  # the service explains its own flags
+    )(_service)
+
+
+def main() -> None:
+    app(prog_name="colrow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The commands that start processes and stay: `serve`, `coordinator` and `worker`."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from client.options import DataType, MemoryWeights, Model, TensorParallel
+from coordinator import config as coordinator_config
+
+# Flags that `serve` hands on: their defaults are said once, where they are defined.
+_DEFAULTS = coordinator_config.parse(("--model", ".", "--workers", "unused:1"))
+
+POLL_S = 0.2
+
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="FLAGS...")]
+
+
+def serve(
+    model: Model = None,
+    tp: TensorParallel = 2,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where the shards live.")
+    ] = "auto",
+    dtype: DataType = "auto",
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any.")
+    ] = _DEFAULTS.grpc_port,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = _DEFAULTS.host,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Id that clients see.", show_default="MODEL's name")
+    ] = None,
+    kv_cache_mib: Annotated[
+        int, typer.Option(min=1, help="KV cache of each rank, at most.")
+    ] = _DEFAULTS.kv_cache_bytes // 2**20,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Tokens in a block of KV cache.")
+    ] = _DEFAULTS.block_size,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Context length in tokens.", show_default="the model's"),
+    ] = None,
+    max_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in a step, at most.")
+    ] = _DEFAULTS.max_batched_tokens,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Sequences in a step, at most.")
+    ] = _DEFAULTS.max_running,
+    memory_weights: MemoryWeights = None,
+    transport: Annotated[
+        Literal["auto", "shm", "gloo"],
+        typer.Option(help="How workers exchange activations; auto is shared memory."),
+    ] = "auto",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="Of the log files of the processes."),
+    ] = "info",
+) -> None:
+    """Serve a model: a coordinator and N shard workers on this machine, until Ctrl-C.
+
+    Example: colrow serve Qwen/Qwen3-0.6B --tp 2
+    """
+    from client.serving import Settings, how_to_call, running, termination_interrupts
+    from client.views import console, held_table, rank_rows, rank_table
+
+    if device == "cuda":
+        raise ValueError("device = 'cuda': this build serves on CPU only; leave --device out")
+    arguments: list[str] = []
+    for name, value in {
+        "kv-cache-mib": kv_cache_mib,
+        "block-size": block_size,
+        "max-model-len": max_model_len,
+        "max-batched-tokens": max_batched_tokens,
+        "max-running": max_running,
+        "transport": transport,
+        "log-level": log_level,
+    }.items():
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    settings = Settings(
+        model=model,
+        tp=tp,
+        dtype=dtype,
+        memory_weights=memory_weights,
+        host=host,
+        grpc_port=grpc_port,
+        served_model_name=served_model_name,
+        coordinator_args=arguments,
+        worker_args=("--log-level", log_level),
+    )
+    out = console()
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # that is how it is meant to end
+        termination_interrupts(),
+        running(settings, console(stderr=True)) as started,
+    ):
+        out.print(rank_table("What each rank owns", rank_rows(started.cluster.plan)))
+        out.print(held_table(started.cluster))
+        out.print(how_to_call(started.local, started.cluster), soft_wrap=True)
+        try:
+            while True:
+                time.sleep(POLL_S)
+                started.local.check()
+        except KeyboardInterrupt:
+            out.print("Stopping.")
+            raise
+
+
+def coordinator(arguments: Arguments = None) -> None:
+    """Start one coordinator, for workers that run elsewhere: what a container runs.
+
+    Example: colrow coordinator --model demo --workers 10.0.0.1:50061,10.0.0.2:50061
+    """
+    flags = list(arguments or ())
+    if {"-h", "--help"} & set(flags):
+        _introduce(coordinator)
+        coordinator_config.parse(flags)
+    from coordinator.__main__ import main as coordinator_main
+
+    raise typer.Exit(coordinator_main(_with_model_folder(flags)))
+
+
+def worker(arguments: Arguments = None) -> None:
+    """Start one shard worker, which waits for a coordinator: what a container runs.
+
+    Example: colrow worker --host 0.0.0.0 --advertise-host 10.0.0.1
+    """
+    from shard_worker import config
+
+    flags = list(arguments or ())
+    if {"-h", "--help"} & set(flags):
+        _introduce(worker)
+    config.parse(flags)  # a wrong flag should not have to wait for torch
+    from shard_worker.__main__ import main as worker_main
+
+    raise typer.Exit(worker_main(flags))
+
+
+def _introduce(command: Any) -> None:
+    print("\n".join(line.strip() for line in command.__doc__.splitlines()))
+
+
+def _with_model_folder(flags: Sequence[str]) -> list[str]:
+    """The flags of a coordinator, with the folder of a `--model` that is a hub id or `demo`."""
+    from client.model_source import resolve_model
+    from client.serving import hub_name
+    from client.views import console, progress_view
+
+    changed = list(flags)
+    for place, flag in enumerate(flags):
+        name, has_value, value = flag.partition("=")
+        if name != "--model" or not (has_value or flags[place + 1 :]):
+            continue
+        model = value if has_value else flags[place + 1]
+        with progress_view(console(stderr=True)) as progress:
+            folder = resolve_model(model, progress=progress)
+        changed[place : place + (1 if has_value else 2)] = ["--model", str(folder)]
+        if served_name := hub_name(model, folder):
+            # In front, so that a name that was given counts.
+            changed[:0] = ["--served-model-name", served_name]
+        break
+    return changed

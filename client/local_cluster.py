@@ -1,0 +1,335 @@
+"""A coordinator and its workers as child processes of this one, on this machine.
+
+    with LocalCluster(folder, tp=2) as cluster:
+        cluster.start()
+        cluster.wait_until_serving(60)
+        with Colrow(cluster.target) as colrow: ...
+
+No process is left behind, whatever happens: leaving the `with` stops them, and should this process
+be killed, they notice and end by themselves (client/child.py).
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from colrow.errors import ServiceError
+from colrow.v1 import control_service_pb2
+
+from client.grpc_client import Colrow
+
+Progress = Callable[[str, int, int], None]
+"""`progress(description, done, total)`, as in `client.model_source`."""
+
+OnCluster = Callable[[control_service_pb2.Cluster], None]
+
+START_TIMEOUT_S = 120.0  # until a process listens; importing torch from a cold disk takes a while
+STOP_TIMEOUT_S = 8.0  # until SIGKILL; each service gives running calls 2 s
+SETTLE_TIMEOUT_S = 3.0  # how long a failure is looked into for a process that ended
+POLL_S = 0.02
+LAST_LINES = 10
+
+_CHILD = Path(__file__).with_name("child.py")
+
+
+class ClusterError(Exception):
+    """The processes did not come up, or did not stay up; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A child, the file that takes all it prints, and the file in which it says its port."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+    port_file: Path
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def last_words(self, max_lines: int = LAST_LINES) -> str:
+        """The end of what the process printed."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:  # its folder was removed
+            return ""
+        return "\n".join(text.rstrip().splitlines()[-max_lines:])
+
+    def port(self) -> int | None:
+        """The port that the process listens on; None as long as it does not."""
+        try:
+            text = self.port_file.read_text()
+        except FileNotFoundError:
+            return None
+        return int(text) if text.endswith("\n") else None  # else half written
+
+    def obituary(self) -> str:
+        """How the process, which has ended, did so."""
+        code = self.popen.returncode
+        how = f"ended with exit code {code}"
+        if code < 0:
+            with contextlib.suppress(ValueError):  # a signal that Python has no name for
+                how = f"was killed by {signal.Signals(-code).name}"
+        words = self.last_words()
+        reason = words.splitlines()[-1:]
+        if reason and reason[0].startswith(("colrow coordinator: ", "colrow worker: ")):
+            # The service said itself what is wrong, in one line.
+            return f"{self.name} {how}: {reason[0].partition(': ')[2]}"
+        said = f"; its last words:\n{_indent(words)}" if words else "; it said nothing"
+        return f"{self.name} {how}{said}"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class LocalCluster:
+    """`model` cut over `tp` worker processes, and their coordinator. Nothing runs before `start`.
+
+    Args:
+        model: a folder in Hugging Face layout.
+        tp: how many workers.
+        dtype: "auto" is the checkpoint's.
+        coordinator_args, worker_args: further flags of `colrow coordinator` and `colrow worker`.
+        grpc_port: of the coordinator; 0 takes a free one, then in `target`.
+        log_folder: takes a log file a process. By default a temporary folder, which is removed by
+            `stop` unless something failed.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        tp: int,
+        *,
+        dtype: str = "auto",
+        coordinator_args: Sequence[str] = (),
+        worker_args: Sequence[str] = (),
+        grpc_port: int = 0,
+        host: str = "127.0.0.1",
+        log_folder: Path | None = None,
+    ) -> None:
+        if tp < 1:
+            raise ValueError(f"tp must be positive, got {tp}")
+        self.model = model
+        self.tp = tp
+        self.dtype = dtype
+        self.host = host
+        self.grpc_port = grpc_port
+        self.log_folder = log_folder
+        self.processes: list[Process] = []
+        self._coordinator_args = tuple(coordinator_args)
+        self._worker_args = tuple(worker_args)
+        self._temporary_folder: Path | None = None
+        self._failed = False
+
+    @property
+    def target(self) -> str:
+        """Where the coordinator listens, host:port."""
+        # An address for listening on every interface is none to call.
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(self.host, self.host)
+        return f"{host}:{self.grpc_port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self, on_progress: Progress | None = None) -> None:
+        """Starts the processes and returns when all of them listen; the model is not loaded yet.
+
+        Raises ClusterError where one ends; then, as on Ctrl-C, the others are stopped.
+        """
+        assert not self.processes, "started already"
+        try:
+            self._start(on_progress or (lambda description, done, total: None))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, report: Progress) -> None:
+        if self.log_folder is None:
+            self.log_folder = self._temporary_folder = Path(tempfile.mkdtemp(prefix="colrow-"))
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        # With one thread a core in all; more would fight for the cores while they wait for each other.
+        threads = max(1, num_cores() // self.tp)
+        for rank in range(self.tp):
+            self._spawn(
+                f"worker {rank}",
+                "shard_worker",
+                # Port 0: a port that is chosen here might be taken before the worker binds it.
+                *("--port", "0", "--threads", str(threads), *self._worker_args),
+            )
+        workers = list(self.processes)
+        ports = self._wait_for_ports(workers, "Starting the shard workers", report)
+        self._spawn(
+            "coordinator",
+            "coordinator",
+            *("--model", str(self.model), "--host", self.host),
+            *("--grpc-port", str(self.grpc_port), "--dtype", self.dtype),
+            *("--workers", ",".join(f"127.0.0.1:{port}" for port in ports)),
+            *self._coordinator_args,
+        )
+        started = self.processes[-1:]
+        (self.grpc_port,) = self._wait_for_ports(started, "Starting the coordinator", report)
+
+    def _spawn(self, name: str, module: str, *arguments: str) -> None:
+        assert self.log_folder is not None
+        file_name = name.replace(" ", "-")
+        log = self.log_folder / f"{file_name}.log"
+        port_file = self.log_folder / f"{file_name}.port"
+        port_file.unlink(missing_ok=True)  # of an earlier cluster with these logs
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                # -P: without it child.py's folder, `client`, would come first on the import path.
+                [
+                    *(sys.executable, "-P", str(_CHILD), module),
+                    *("--port-file", str(port_file), *arguments),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches every process of the terminal's group; the order in which the
+                # services stop is ours to choose.
+                process_group=0,
+            )
+        self.processes.append(Process(name, popen, log, port_file))
+
+    def _wait_for_ports(
+        self, processes: Sequence[Process], description: str, report: Progress
+    ) -> list[int]:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        num_ready = -1
+        while True:
+            self.check()
+            ports = [port for process in processes if (port := process.port()) is not None]
+            if len(ports) != num_ready:
+                num_ready = len(ports)
+                report(description, num_ready, len(processes))
+            if num_ready == len(processes):
+                return ports
+            if time.monotonic() > deadline:
+                self._failed = True
+                silent = [process.name for process in processes if process.port() is None]
+                raise ClusterError(
+                    f"{', '.join(silent)} did not listen within {START_TIMEOUT_S:g} s; see "
+                    f"{self.log_folder}"
+                )
+            time.sleep(POLL_S)
+
+    def check(self) -> None:
+        """ClusterError, with its last words, when a process has ended."""
+        for process in self.processes:  # workers first: without one the coordinator ends as well
+            if process.popen.poll() is not None:
+                self._failed = True
+                raise ClusterError(f"{process.obituary()}\n    its log: {process.log}")
+
+    def wait_until_serving(
+        self, timeout_s: float, on_cluster: OnCluster | None = None
+    ) -> control_service_pb2.Cluster:
+        """Waits for the model to be loaded and returns the cluster that serves it.
+
+        `on_cluster` is called with the cluster whenever it changes, in the caller's thread. Raises
+        ClusterError as soon as a process ends, and when it takes longer than `timeout_s` seconds.
+        """
+        news: queue.SimpleQueue[control_service_pb2.Cluster | ServiceError] = queue.SimpleQueue()
+
+        def follow(colrow: Colrow) -> None:
+            try:
+                for cluster in colrow.watch():
+                    news.put(cluster)
+            except ServiceError as error:
+                news.put(error)
+            except ValueError:
+                pass  # the channel was closed first: nobody waits for news any more
+
+        deadline = time.monotonic() + timeout_s
+        last = "no answer"
+        # A thread, because a call to a coordinator that waits for a dead worker would block.
+        with Colrow(self.target) as colrow:
+            threading.Thread(target=follow, args=(colrow,), daemon=True).start()
+            while True:
+                self.check()
+                try:
+                    cluster = news.get(timeout=5 * POLL_S)
+                except queue.Empty:
+                    if time.monotonic() > deadline:
+                        self._fail(f"the cluster did not serve within {timeout_s:g} s ({last})")
+                    continue
+                if isinstance(cluster, ServiceError):
+                    self._fail(f"the coordinator does not answer: {cluster}")
+                if cluster.state == control_service_pb2.CLUSTER_STATE_FAILED:
+                    self._fail(f"the cluster failed: {cluster.error}")
+                if on_cluster is not None:
+                    on_cluster(cluster)
+                if cluster.state == control_service_pb2.CLUSTER_STATE_SERVING:
+                    return colrow.cluster()  # with what the workers hold now
+                last = control_service_pb2.ClusterState.Name(cluster.state)
+
+    def _fail(self, message: str) -> NoReturn:
+        """Raises ClusterError, of the process that ended if one did: that is closer to the cause."""
+        self._failed = True
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self.check()
+            time.sleep(POLL_S)
+        raise ClusterError(f"{message}\n    logs: {self.log_folder}")
+
+    def stop(self) -> None:
+        """Ends the processes, the coordinator first, and returns when all are gone.
+
+        SIGTERM, and SIGKILL to those that don't heed it in time; at once when interrupted.
+        """
+        coordinators = [process for process in self.processes if process.name == "coordinator"]
+        workers = [process for process in self.processes if process.name != "coordinator"]
+        try:
+            # The coordinator ends the group on its workers, so they must still be there.
+            _terminate(coordinators)
+            _terminate(workers)
+        finally:
+            for process in self.processes:
+                process.popen.kill()  # does nothing to those that have ended
+                process.popen.wait()
+                assert process.popen.stdin is not None
+                process.popen.stdin.close()
+            self.processes.clear()
+            if self._temporary_folder is not None and not self._failed:
+                shutil.rmtree(self._temporary_folder, ignore_errors=True)
+                self._temporary_folder = self.log_folder = None
+
+
+def _terminate(processes: Iterable[Process]) -> None:
+    """SIGTERM, and up to STOP_TIMEOUT_S for all of them to end."""
+    processes = list(processes)
+    for process in processes:
+        process.popen.terminate()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.popen.wait(max(0.0, deadline - time.monotonic()))

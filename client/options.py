@@ -1,0 +1,38 @@
+"""Arguments and options that several commands have in common."""
+
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A folder with config.json and *.safetensors, a Hugging Face id such as "
+        "Qwen/Qwen3-0.6B, or 'demo'.",
+        show_default="the demo model, SmolLM2-135M-Instruct",
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", min=1, help="Over how many ranks the model is cut.")
+]
+DataType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Type of weights and KV cache; auto is the checkpoint's."),
+]
+MemoryWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-weights",
+        metavar="A,B,...",
+        help="Relative shares of the model, one a rank, for ranks of unequal memory.",
+        show_default="equal shares",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="HOST:PORT", help="The coordinator.", show_default="localhost:50051"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of tables.")]

@@ -1,0 +1,203 @@
+"""Clusters that the command starts itself, and connections to those that run."""
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from colrow.errors import ServiceError, Unavailable
+from colrow.v1 import control_service_pb2, inference_service_pb2
+from rich.console import Console
+from rich.markup import escape
+
+from client.grpc_client import Colrow
+from client.local_cluster import LocalCluster
+from client.model_source import resolve_model
+from client.plan_view import read_spec
+from client.views import ProgressView, num_ranks, progress_view, report_loading
+from coordinator.shard_plan import make_plan
+
+DEFAULT_TARGET = "localhost:50051"
+DEFAULT_TP = 2
+SERVING_TIMEOUT_S = 600.0  # of loading, which the progress bars show; a large model takes minutes
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is served, and how. `coordinator_args` are further flags of `colrow coordinator`."""
+
+    model: str | None = None
+    tp: int = DEFAULT_TP
+    dtype: str = "auto"
+    memory_weights: str | None = None
+    host: str = "127.0.0.1"
+    grpc_port: int = 0
+    served_model_name: str | None = None
+    coordinator_args: Sequence[str] = ()
+    worker_args: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A cluster of this process that serves, and how it was when it began to."""
+
+    local: LocalCluster
+    cluster: control_service_pb2.Cluster
+
+
+@contextlib.contextmanager
+def running(settings: Settings, messages: Console) -> Iterator[Running]:
+    """Starts a cluster, with its progress on `messages`, and stops it in the end.
+
+    What the user can have got wrong is found before any process starts: ValueError.
+    """
+    if settings.grpc_port:
+        check_port(settings.host, settings.grpc_port)
+    with progress_view(messages) as progress:
+        local = _prepare(settings, progress)
+        # Outside of `with local`, for the bars to end before what is shown while it serves; `start`
+        # and the `except` see to it that an interruption in between leaves nothing behind.
+        try:
+            local.start(progress)
+            cluster = local.wait_until_serving(
+                SERVING_TIMEOUT_S, lambda cluster: report_loading(progress, cluster)
+            )
+        except BaseException:
+            local.stop()
+            raise
+    with local:
+        yield Running(local, cluster)
+
+
+def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
+    folder = resolve_model(settings.model, progress=progress)
+    # A dry run, for its errors: seconds before the coordinator would come to the same ones.
+    make_plan(
+        read_spec(folder / "config.json"),
+        settings.tp,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        memory_weights=parse_memory_weights(settings.memory_weights),
+    )
+    arguments = [*settings.coordinator_args]
+    if settings.memory_weights is not None:
+        arguments += ["--memory-weights", settings.memory_weights]
+    if name := settings.served_model_name or hub_name(settings.model, folder):
+        arguments += ["--served-model-name", name]
+    return LocalCluster(
+        folder,
+        settings.tp,
+        dtype=settings.dtype,
+        coordinator_args=arguments,
+        worker_args=settings.worker_args,
+        grpc_port=settings.grpc_port,
+        host=settings.host,
+    )
+
+
+def hub_name(model: str | None, folder: Path) -> str | None:
+    """The id of a hub model, whose folder in the hub's cache is named after a commit."""
+    if model is None or model == "demo" or Path(model).expanduser().resolve() == folder:
+        return None
+    return model
+
+
+def parse_memory_weights(text: str | None) -> list[float] | None:
+    """One number a rank; None for equal shares, and for `auto`, which only the workers can say."""
+    if text is None or text == "auto":
+        return None
+    try:
+        return [float(weight) for weight in text.split(",")]
+    except ValueError:
+        raise ValueError(f"memory-weights = {text!r}: is neither 'auto' nor numbers") from None
+
+
+def check_port(host: str, port: int) -> None:
+    """ValueError when the port can't be listened on. The coordinator would say so, but seconds later."""
+    bare_host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in bare_host else socket.AF_INET
+    try:
+        socket.create_server((bare_host, port), family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"grpc-port {port} on {host} can't be listened on ({error.strerror}); "
+            "choose another one with --grpc-port"
+        ) from error
+
+
+@contextlib.contextmanager
+def connected(target: str) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
+    """A client of the coordinator at `target`, and the model there. Unavailable when none answers."""
+    with Colrow(target) as colrow:
+        try:
+            model = colrow.model()
+        except ServiceError as error:
+            # An Unavailable of a coordinator has a reason of its own.
+            if error.code == Unavailable.code and error.reason == Unavailable.reason:
+                raise Unavailable(
+                    f"nothing answers at {target}; start one with `colrow serve`"
+                ) from error
+            if error.code == "UNIMPLEMENTED":
+                raise Unavailable(f"what answers at {target} is no Colrow coordinator") from error
+            raise
+        yield colrow, model
+
+
+@contextlib.contextmanager
+def connected_or_demo(
+    target: str | None, messages: Console
+) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
+    """As `connected`; without a `target` and with nothing at the default one, the demo model.
+
+    That is then served for as long as the context lasts.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = stack.enter_context(connected(target or DEFAULT_TARGET))
+        except Unavailable:
+            if target is not None:
+                raise
+            messages.print(
+                f"Nothing answers at {DEFAULT_TARGET}: serving the demo model over "
+                f"{num_ranks(DEFAULT_TP)} for this command alone. `colrow serve` keeps one running."
+            )
+            started = stack.enter_context(running(Settings(), messages))
+            connection = stack.enter_context(connected(started.local.target))
+        yield connection
+
+
+def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> str:
+    """What one may type now."""
+    # localhost is not this address where it is an IPv6 one.
+    is_default = local.target in (DEFAULT_TARGET, DEFAULT_TARGET.replace("localhost", "127.0.0.1"))
+    target = "" if is_default else f" --target {local.target}"
+    return "\n".join(
+        (
+            f"[bold green]Serving[/bold green] {escape(cluster.model)} at "
+            f"[bold]{escape(local.target)}[/bold] over {num_ranks(local.tp)}. Try:",
+            f'  colrow generate "What is the capital of Japan?"{target}',
+            f"  colrow status{target}",
+            f"  colrow layer 3 mlp.down_proj{target}",
+            f"Logs are in {local.log_folder}. Ctrl-C stops it all.",
+        )
+    )
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM, and a terminal that closes, end what runs as Ctrl-C does: in good order."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup wants it
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
