@@ -161,14 +161,6 @@ class Cluster:
     def _size_cache(self, plan: ShardPlan) -> tuple[int, ModelLimits]:
         """Blocks of the KV cache, which the rank with the most KV heads decides, and the context."""
         config, spec = self.config, self.model.spec
-        block_bytes = config.block_size * max(r.kv_bytes_per_token for r in plan.ranks)
-        num_blocks = config.kv_cache_bytes // block_bytes
-        if num_blocks < 1:
-            raise InvalidArgument(
-                "kv_cache_mib",
-                config.kv_cache_bytes / 2**20,
-                f"a block of {config.block_size} tokens takes {block_bytes} bytes on a rank",
-            )
         context = spec.max_position_embeddings
         if config.max_model_len is not None:
             if config.max_model_len > context:
@@ -176,9 +168,18 @@ class Cluster:
                     "max_model_len", config.max_model_len, f"the model's context is {context}"
                 )
             context = config.max_model_len
-        # Sequences that fill the batch with whole contexts are all the cache could be used for.
-        most = config.max_running * -(-context // config.block_size)
-        num_blocks = config.num_blocks or min(num_blocks, most)
+        num_blocks = config.num_blocks
+        if num_blocks is None:
+            block_bytes = config.block_size * max(r.kv_bytes_per_token for r in plan.ranks)
+            # Sequences that fill the batch with whole contexts are all the cache could be used for.
+            most = config.max_running * -(-context // config.block_size)
+            num_blocks = min(config.kv_cache_bytes // block_bytes, most)
+            if num_blocks < 1:
+                raise InvalidArgument(
+                    "kv_cache_mib",
+                    config.kv_cache_bytes / 2**20,
+                    f"a block of {config.block_size} tokens takes {block_bytes} bytes on a rank",
+                )
         context = min(context, num_blocks * config.block_size)
         return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids)
 

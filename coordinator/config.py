@@ -98,8 +98,8 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
     )
     for name in positive:
         value = getattr(flags, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: is not positive")
+        if value is not None and not 0 < value < 2**32:
+            parser.error(f"--{name.replace('_', '-')} {value}: is not in (0, {2**32})")
     if not 0 <= flags.grpc_port <= 65535:
         parser.error(f"--grpc-port {flags.grpc_port}: is not in [0, 65535]")
     workers = tuple(address.strip() for address in flags.workers.split(","))

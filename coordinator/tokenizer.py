@@ -58,8 +58,10 @@ class Tokenizer:
         config_file = folder / "tokenizer_config.json"
         try:
             config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{config_file}: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_file}: is no JSON object")
         template_file = folder / "chat_template.jinja"
         template = (
             template_file.read_text() if template_file.is_file() else config.get("chat_template")
