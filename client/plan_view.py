@@ -10,7 +10,8 @@ from rich.table import Table
 
 from client.model_source import Progress, resolve_model
 from client.views import RankRow, mib, new_table, num_ranks, rank_table
-from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec, model_spec
+from coordinator.families import model_spec
+from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec
 from coordinator.shard_plan import ShardPlan
 
 

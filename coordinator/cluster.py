@@ -15,8 +15,8 @@ from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Una
 from coordinator.block_manager import BlockManager
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine, ModelLimits
-from coordinator.families import Fields
-from coordinator.model_spec import ModelSpec, model_spec
+from coordinator.families import Fields, model_spec
+from coordinator.model_spec import ModelSpec
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from colrow import __version__
-from colrow.errors import InvalidArgument
+from colrow.errors import FailedPrecondition, InvalidArgument
 from colrow.v1 import (
     control_service_pb2,
     inference_service_pb2,
@@ -123,9 +123,11 @@ def chat_ids(chat: _inference_pb.Chat, tokenizer: Tokenizer | None) -> list[int]
 
 
 def need(tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer of the model; InvalidArgument where it has none."""
+    """The tokenizer of the model; FailedPrecondition where it has none."""
     if tokenizer is None:
-        raise InvalidArgument("prompt", "text", "the model has no tokenizer; send token_ids")
+        raise FailedPrecondition(
+            "the model has no tokenizer: it takes and gives token ids only", reason="NO_TOKENIZER"
+        )
     return tokenizer
 
 

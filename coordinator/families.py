@@ -406,3 +406,33 @@ FAMILIES = (
     Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     Family("gpt2", "GPT2LMHeadModel", _gpt2),
 )
+
+
+def model_spec(config: Mapping[str, object]) -> ModelSpec:
+    """The spec of the model that `config`, a parsed `config.json`, describes.
+
+    The family is `architectures[0]`, or `model_type` where no architecture is named.
+
+    Raises:
+        UnsupportedModelError: a family, or a variation of one, that would be computed wrongly.
+        ValueError: a field is missing, of the wrong type or out of range; names field and value.
+    """
+    fields = Fields(config)
+    if config.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            "quantization_config", config["quantization_config"], ("no quantization",)
+        )
+    architectures = config.get("architectures")
+    if architectures is not None and not isinstance(architectures, list | tuple):
+        raise ValueError(f"architectures must be a list of class names, got {architectures!r}")
+    if architectures:
+        for family in FAMILIES:
+            if family.architecture == architectures[0]:
+                return family.declare(fields, family)
+        supported = tuple(family.architecture for family in FAMILIES)
+        raise UnsupportedModelError("architectures[0]", architectures[0], supported)
+    model_type = fields.text("model_type")
+    for family in FAMILIES:
+        if family.name == model_type:
+            return family.declare(fields, family)
+    raise UnsupportedModelError("model_type", model_type, tuple(f.name for f in FAMILIES))

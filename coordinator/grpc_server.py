@@ -15,7 +15,7 @@ from colrow.v1 import (
 
 from coordinator import convert, run_layer
 from coordinator.cluster import Cluster, parse_config
-from coordinator.model_spec import model_spec
+from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 
 _inference_pb = inference_service_pb2

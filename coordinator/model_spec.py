@@ -9,7 +9,7 @@ it (coordinator/shard_plan.py). Names are those of Hugging Face checkpoints, unc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -185,36 +185,3 @@ def lm_head(module: str, vocab_size: int, hidden_size: int) -> ParameterSpec:
     """[vocab, hidden], split by token id: a rank gives the logits of its ids, concatenated."""
     sections = (Section(Axis.VOCAB, vocab_size),)
     return ParameterSpec(f"{module}.weight", (vocab_size, hidden_size), Combine.CONCAT, 0, sections)
-
-
-def model_spec(config: Mapping[str, object]) -> ModelSpec:
-    """The spec of the model that `config`, a parsed `config.json`, describes.
-
-    The family is `architectures[0]`, or `model_type` where no architecture is named.
-
-    Raises:
-        UnsupportedModelError: a family, or a variation of one, that would be computed wrongly.
-        ValueError: a field is missing, of the wrong type or out of range; names field and value.
-    """
-    # Families are declared with the types of this module, so they can't be imported before them.
-    from coordinator.families import FAMILIES, Fields
-
-    fields = Fields(config)
-    if config.get("quantization_config") is not None:
-        raise UnsupportedModelError(
-            "quantization_config", config["quantization_config"], ("no quantization",)
-        )
-    architectures = config.get("architectures")
-    if architectures is not None and not isinstance(architectures, list | tuple):
-        raise ValueError(f"architectures must be a list of class names, got {architectures!r}")
-    if architectures:
-        for family in FAMILIES:
-            if family.architecture == architectures[0]:
-                return family.declare(fields, family)
-        supported = tuple(family.architecture for family in FAMILIES)
-        raise UnsupportedModelError("architectures[0]", architectures[0], supported)
-    model_type = fields.text("model_type")
-    for family in FAMILIES:
-        if family.name == model_type:
-            return family.declare(fields, family)
-    raise UnsupportedModelError("model_type", model_type, tuple(f.name for f in FAMILIES))

@@ -31,13 +31,16 @@ _MAX_LISTED_TP_SIZE = 64
 class PlanError(ValueError):
     """The model can't be cut over this many ranks.
 
-    Attributes: `tp_size` as asked for, and `fitting`, the sizes up to 64 that can be planned.
+    Attributes: `tp_size` as asked for (also as `field` and `value`), and `fitting`, the sizes up to
+    64 that can be planned.
     """
+
+    field = "tp_size"
 
     def __init__(self, tp_size: int, why: str, fitting: Sequence[int]) -> None:
         listed = ", ".join(map(str, fitting))
         super().__init__(f"tp_size {tp_size} can't be planned: {why}; tp sizes that fit: {listed}")
-        self.tp_size = tp_size
+        self.tp_size = self.value = tp_size
         self.fitting = tuple(fitting)
 
 

@@ -115,7 +115,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
     if isinstance(error, ValueError) and not isinstance(error, ServiceError):
         # By the project's rule a ValueError names a field and a value that the caller chose.
-        refused = ServiceError(str(error), reason="INVALID_FIELD")
+        named = {
+            name: str(getattr(error, name)) for name in ("field", "value") if hasattr(error, name)
+        }
+        refused = ServiceError(str(error), reason="INVALID_FIELD", metadata=named)
         refused.code = "INVALID_ARGUMENT"
         error = refused
     if not isinstance(error, ServiceError):

@@ -41,7 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from client import Colrow
 from client.grpc_client import array
 from coordinator import convert
-from coordinator.model_spec import model_spec
+from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests import checkpoints
 from tests.clusters import RunningCluster, Service, WorkerPool, cluster, start

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from client.local_cluster import ClusterError, LocalCluster
-from coordinator.model_spec import model_spec
+from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 
 COMMAND = str(Path(sys.executable).with_name("colrow"))

@@ -21,7 +21,7 @@ from colrow.v1 import (
 from transformers import AutoModelForCausalLM
 
 from client import Colrow
-from coordinator.model_spec import model_spec
+from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster, start_coordinator

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from coordinator.model_spec import ModelSpec, model_spec
+from coordinator.families import model_spec
+from coordinator.model_spec import ModelSpec
 from coordinator.shard_plan import ShardPlan, make_plan
 from shard_worker import checkpoint
 from shard_worker.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LoadProgress

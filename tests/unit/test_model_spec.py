@@ -14,7 +14,8 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from coordinator.model_spec import Axis, Combine, ModelSpec, UnsupportedModelError, model_spec
+from coordinator.families import model_spec
+from coordinator.model_spec import Axis, Combine, ModelSpec, UnsupportedModelError
 from coordinator.shard_plan import make_plan
 
 Config = dict[str, Any]  # a parsed config.json

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.model_spec import Axis, ModelSpec, ParameterSpec, model_spec
+from coordinator.families import model_spec
+from coordinator.model_spec import Axis, ModelSpec, ParameterSpec
 from coordinator.shard_plan import (
     PlanError,
     Range,
