@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 TOKENIZER_FILE = "tokenizer.json"
 
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character
-LOOK_BACK = 8
+LOOK_BACK = 8  # tokens of a prompt that the text after it may depend on
 
 
 @dataclass(frozen=True, slots=True)

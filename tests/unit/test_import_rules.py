@@ -1,0 +1,176 @@
+"""Who may import whom: by the sources, and by what a process has loaded once it is up."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).parents[2]
+
+WIRE = {"grpc", "grpc_channelz", "grpc_health", "grpc_reflection", "grpc_status", "google"}
+"""gRPC, and protobuf as `google.protobuf`."""
+
+EDGES = {
+    "coordinator": {"convert", "grpc_server", "worker_client"},
+    "shard_worker": {"convert", "grpc_server"},
+}
+"""The modules that may see gRPC and protobuf."""
+
+PURE = ("block_manager", "families", "model_spec", "scheduler", "sequence", "shard_plan")
+"""Modules of the coordinator that only compute."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts).removesuffix(".__init__")] = path
+    assert found
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a source imports anywhere in it, functions and type checking included."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*above, node.module or ""]).strip(".") if node.level else node.module
+            for alias in node.names:
+                yield f"{base}.{alias.name}"
+
+
+def uses(name: str, module: str) -> bool:
+    """Whether an imported name is a module or lies within it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("coordinator", ("torch", "cupy", "transformers", "shard_worker", "client", "tests")),
+        ("shard_worker", ("coordinator", "client", "transformers", "tokenizers", "tests")),
+        ("client", ("torch", "cupy", "transformers", "tests")),
+        ("protos/colrow", ("coordinator", "shard_worker", "client", "torch", "tests")),
+    ],
+)
+def test_a_package_does_not_import_what_is_not_its_business(
+    package: str, forbidden: tuple[str, ...]
+) -> None:
+    broken = [
+        f"{module} imports {name}"
+        for module, path in modules(package).items()
+        for name in imports(path)
+        for other in forbidden
+        if uses(name, other)
+    ]
+    assert not broken
+
+
+def sees_the_wire(path: Path) -> bool:
+    return any(
+        name.partition(".")[0] in WIRE or uses(name, "colrow.v1") or uses(name, "colrow.rpc")
+        for name in imports(path)
+    )
+
+
+@pytest.mark.parametrize("package", EDGES)
+def test_only_the_edges_of_a_service_see_grpc_and_protobuf(package: str) -> None:
+    seeing = {
+        module.removeprefix(f"{package}.")
+        for module, path in modules(package).items()
+        if sees_the_wire(path)
+    }
+    assert seeing == EDGES[package]
+
+
+def test_of_the_contracts_own_modules_only_rpc_sees_grpc_and_protobuf() -> None:
+    seeing = {path.name for path in (ROOT / "protos/colrow").glob("*.py") if sees_the_wire(path)}
+    assert seeing == {"rpc.py"}
+
+
+def test_in_the_client_one_module_makes_calls() -> None:
+    calling = {
+        module
+        for module, path in modules("client").items()
+        for name in imports(path)
+        if uses(name, "grpc") or uses(name, "colrow.rpc") or name.endswith("_pb2_grpc")
+    }
+    assert calling == {"client.grpc_client"}
+
+
+def test_scheduling_and_planning_use_nothing_but_python_and_each_other() -> None:
+    allowed = {f"coordinator.{name}" for name in PURE}
+    for name in PURE:
+        for imported in imports(ROOT / "coordinator" / f"{name}.py"):
+            top = imported.partition(".")[0]
+            assert imported.rpartition(".")[0] in allowed or top in sys.stdlib_module_names
+            assert top not in {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "threading"}
+
+
+@pytest.mark.parametrize("package", EDGES)
+def test_no_module_of_a_service_reads_the_environment(package: str) -> None:
+    for module, path in modules(package).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"environ", "getenv"}, module
+
+
+def loaded(*names: str) -> set[str]:
+    """The modules, by name, that a fresh process has once it has imported these."""
+    script = f"import {', '.join(names)}, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("service", "expected", "forbidden"),
+    [
+        (
+            "coordinator",
+            {"grpc", "tokenizers", "coordinator.scheduler"},
+            {"torch", "cupy", "transformers", "shard_worker", "client"},
+        ),
+        (
+            "shard_worker",
+            {"grpc", "torch", "shard_worker.model_runner"},
+            {"coordinator", "client", "transformers", "tokenizers", "huggingface_hub"},
+        ),
+    ],
+)
+def test_a_running_service_has_not_loaded_what_it_must_not_import(
+    service: str, expected: set[str], forbidden: set[str]
+) -> None:
+    found = loaded(f"{service}.__main__")
+    assert expected <= found
+    assert not found & forbidden
+
+
+@pytest.mark.parametrize("package", EDGES)
+def test_what_lies_within_the_edges_loads_without_grpc_and_protobuf(package: str) -> None:
+    within = [
+        module
+        for module in modules(package)
+        if module.rpartition(".")[2] not in {*EDGES[package], "__main__"}
+    ]
+    assert len(within) > 10
+    found = loaded(*within)
+    assert set(within) <= found
+    assert not found & {*WIRE - {"google"}, "google.protobuf", "colrow.rpc"}
