@@ -197,7 +197,9 @@ def test_stubs_are_typed() -> None:
         if file.services_by_name:
             defined = classes(folder.joinpath(f"{name}_pb2_grpc.pyi").read_text())
             assert defined >= {
-                f"{service}{kind}" for service in file.services_by_name for kind in ("Stub", "Servicer")
+                f"{service}{kind}"
+                for service in file.services_by_name
+                for kind in ("Stub", "Servicer")
             }
 
 
@@ -316,7 +318,7 @@ async def test_an_error_arrives_as_it_was_raised(
 
 
 async def test_a_client_that_blocks_gets_the_same_errors(
-    failing: tuple[Failing, grpc.aio.Channel]
+    failing: tuple[Failing, grpc.aio.Channel],
 ) -> None:
     servicer, _ = failing
     server = Server(["colrow.v1.InferenceService"])
@@ -359,7 +361,7 @@ async def test_a_value_error_is_the_callers_fault_and_a_bug_is_not(
 
 
 async def test_what_a_stream_holds_is_freed_when_its_client_leaves(
-    failing: tuple[Failing, grpc.aio.Channel]
+    failing: tuple[Failing, grpc.aio.Channel],
 ) -> None:
     servicer, channel = failing
     stub = inference_service_pb2_grpc.InferenceServiceStub(channel)

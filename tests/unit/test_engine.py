@@ -110,9 +110,7 @@ class Running:
             BlockManager(num_blocks, 4), max_batched_tokens=32, max_running=16
         )
         limits = ModelLimits(VOCAB_SIZE, CONTEXT, (EOS,))
-        self.engine = Engine(
-            self.workers, self.scheduler, limits, tokenizer, run_ahead=run_ahead
-        )
+        self.engine = Engine(self.workers, self.scheduler, limits, tokenizer, run_ahead=run_ahead)
 
     async def __aenter__(self) -> "Running":
         self.loop = asyncio.create_task(self.engine.run())
@@ -194,7 +192,9 @@ async def test_without_max_tokens_the_context_is_filled() -> None:
 
 
 @pytest.mark.parametrize("stops", [False, True])
-async def test_text_continues_the_prompt_and_ends_before_the_token_that_stops_it(stops: bool) -> None:
+async def test_text_continues_the_prompt_and_ends_before_the_token_that_stops_it(
+    stops: bool,
+) -> None:
     words = {f"w{id}": id for id in range(VOCAB_SIZE)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     prompt = prompt_that_stops() if stops else prompt_without_eos(20)
@@ -227,9 +227,10 @@ async def test_a_reader_that_is_slow_finds_its_tokens_together_and_stalls_nobody
 @pytest.mark.parametrize("run_ahead", [1, 2, 3])
 async def test_a_slow_reader_sees_no_token_that_was_sampled_beyond_the_end(run_ahead: int) -> None:
     prompt = prompt_that_stops()
-    async with Running(run_ahead=run_ahead) as running, aclosing(
-        running.generate(prompt, 20)
-    ) as slow:
+    async with (
+        Running(run_ahead=run_ahead) as running,
+        aclosing(running.generate(prompt, 20)) as slow,
+    ):
         tokens = [*(await anext(slow)).token_ids]
         # Another request keeps the steps coming.
         await running.tokens(prompt_without_eos(30), 30)

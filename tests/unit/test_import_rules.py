@@ -114,7 +114,15 @@ def test_scheduling_and_planning_use_nothing_but_python_and_each_other() -> None
         for imported in imports(ROOT / "coordinator" / f"{name}.py"):
             top = imported.partition(".")[0]
             assert imported.rpartition(".")[0] in allowed or top in sys.stdlib_module_names
-            assert top not in {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "threading"}
+            assert top not in {
+                "asyncio",
+                "io",
+                "os",
+                "pathlib",
+                "socket",
+                "subprocess",
+                "threading",
+            }
 
 
 @pytest.mark.parametrize("package", EDGES)

@@ -115,9 +115,7 @@ class Serving:
         self.finished: list[Sequence] = []
         self.num_sequences = 0
 
-    def add(
-        self, prompt: SequenceOf[int], max_tokens: int, stop: SequenceOf[int] = ()
-    ) -> Sequence:
+    def add(self, prompt: SequenceOf[int], max_tokens: int, stop: SequenceOf[int] = ()) -> Sequence:
         self.num_sequences += 1
         sequence = Sequence(
             self.num_sequences, tuple(prompt), Sampling(), max_tokens, frozenset(stop)

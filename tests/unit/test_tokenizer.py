@@ -57,7 +57,9 @@ def byte_fallback() -> tokenizers.Tokenizer:
     words = ["▁", "▁Paris", "▁is", "▁a", "a", "b", "é", "日", "."]
     names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     tokenizer = tokenizers.Tokenizer(
-        models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+        models.BPE(
+            {name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True
+        )
     )
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.decoder = decoders.Sequence(
@@ -76,7 +78,9 @@ BYTE_FALLBACK = byte_fallback()
 BACKENDS = {"byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK}
 
 
-def pieces(tokenizer: Tokenizer, token_ids: list[int], prompt: list[int] | None = None) -> list[str]:
+def pieces(
+    tokenizer: Tokenizer, token_ids: list[int], prompt: list[int] | None = None
+) -> list[str]:
     stream = tokenizer.stream(prompt or [])
     return [stream.feed(token) for token in token_ids]
 
@@ -280,7 +284,9 @@ def test_a_template_gives_what_it_gives_in_transformers(use: str) -> None:
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL, **special)
     for _ in range(2):  # once more, should midnight have come in between
         today = datetime.now().day
-        got = [Tokenizer(BYTE_LEVEL, TEMPLATES[use], special).render_chat(messages(c)) for c in CHATS]
+        got = [
+            Tokenizer(BYTE_LEVEL, TEMPLATES[use], special).render_chat(messages(c)) for c in CHATS
+        ]
         expected = [
             reference.apply_chat_template(
                 plain(c), chat_template=TEMPLATES[use], tokenize=False, add_generation_prompt=True
