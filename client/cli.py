@@ -9,13 +9,13 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from colrow import __version__
-from colrow.errors import ServiceError
 from typer.core import TyperGroup
 
 from client.cli_processes import coordinator, serve, worker
 from client.local_cluster import ClusterError
 from client.options import DataType, Json, MemoryWeights, Model, Target, TensorParallel
+from colrow import __version__
+from colrow.errors import ServiceError
 
 DEMO_QUESTION = "How do plants make food?"
 

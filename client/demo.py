@@ -2,7 +2,6 @@
 
 import time
 
-from colrow.v1 import control_service_pb2
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,6 +17,7 @@ from client.views import (
     rank_table,
     transport_name,
 )
+from colrow.v1 import control_service_pb2
 
 SETTLE_TIMEOUT_S = 2.0
 POLL_S = 0.02

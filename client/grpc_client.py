@@ -1,12 +1,13 @@
 """A small client over the stubs of `colrow.v1`, for those who need not see protobuf."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 import numpy as np
+
 from colrow.errors import ServiceError, Unavailable
 from colrow.rpc import CHANNEL_OPTIONS, error_of
 from colrow.v1 import (
@@ -75,7 +76,7 @@ class Colrow:
         top_p: float | None = None,
         seed: int | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Streams the continuation of a text, of token ids, or of chat messages with role and content.
 
         Settings that are not given take the server's defaults. Leaving the iteration cancels.
@@ -130,7 +131,7 @@ class Colrow:
         """The state of the cluster and of every rank, now."""
         return self._call(self.control.GetCluster, _control_pb.GetClusterRequest()).cluster
 
-    def watch(self, *, interval_s: float = 0.0) -> Iterator[_control_pb.Cluster]:
+    def watch(self, *, interval_s: float = 0.0) -> Generator[_control_pb.Cluster, None, None]:
         """The cluster now, whenever it changes, and every `interval_s` seconds."""
         call = self.control.WatchCluster(_control_pb.WatchClusterRequest(interval_s=interval_s))
         try:

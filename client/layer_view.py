@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
-from colrow.v1 import control_service_pb2, shard_plan_pb2
 from rich.console import Console
 from rich.markup import escape
 
 from client.grpc_client import array
 from client.views import enum_name, new_table
+from colrow.v1 import control_service_pb2, shard_plan_pb2
 
 SHOWN_NUMBERS = 5
 SHOWN_PIECES = 3

@@ -25,10 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from client.grpc_client import Colrow
 from colrow.errors import ServiceError
 from colrow.v1 import control_service_pb2
-
-from client.grpc_client import Colrow
 
 Progress = Callable[[str, int, int], None]
 """`progress(description, done, total)`, as in `client.model_source`."""

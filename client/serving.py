@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from colrow.errors import ServiceError, Unavailable
-from colrow.v1 import control_service_pb2, inference_service_pb2
 from rich.console import Console
 from rich.markup import escape
 
@@ -17,6 +15,8 @@ from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
 from client.plan_view import read_spec
 from client.views import ProgressView, num_ranks, progress_view, report_loading
+from colrow.errors import ServiceError, Unavailable
+from colrow.v1 import control_service_pb2, inference_service_pb2
 from coordinator.shard_plan import make_plan
 
 DEFAULT_TARGET = "localhost:50051"

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from colrow.v1 import control_service_pb2, shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 from rich import box
@@ -16,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from colrow.v1 import control_service_pb2, shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
 
 PLAIN_WIDTH = 132
 PLAIN_INTERVAL_S = 5.0

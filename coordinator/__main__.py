@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from colrow.errors import ServiceError
-
 from coordinator import grpc_server
 from coordinator.cluster import Cluster, ModelFolder, State
 from coordinator.config import CoordinatorConfig, parse

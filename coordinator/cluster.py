@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
-
 from coordinator.block_manager import BlockManager
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine, ModelLimits

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
 from colrow import __version__
 from colrow.errors import FailedPrecondition, InvalidArgument
 from colrow.v1 import (
@@ -15,7 +16,6 @@ from colrow.v1 import (
     shard_worker_service_pb2,
     tensor_pb2,
 )
-
 from coordinator.cluster import Cluster, State
 from coordinator.engine import Output, SamplingRequest
 from coordinator.model_spec import Axis, Combine, ParameterSpec

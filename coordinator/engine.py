@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from colrow.errors import InvalidArgument, ServiceError, Unavailable
-
 from coordinator.scheduler import Scheduler, Step
 from coordinator.sequence import FinishReason, Sampling, Sequence
 from coordinator.tokenizer import TextStream, Tokenizer

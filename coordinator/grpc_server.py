@@ -4,15 +4,15 @@ import uuid
 from collections.abc import AsyncIterator
 
 import grpc
-from colrow.errors import InvalidArgument, NotFound, Unimplemented
-from colrow.rpc import Server
+
+from colrow.errors import InvalidArgument, NotFound, ResourceExhausted, Unimplemented
+from colrow.rpc import MAX_MESSAGE_BYTES, Server
 from colrow.v1 import (
     control_service_pb2,
     control_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
 )
-
 from coordinator import convert, run_layer
 from coordinator.cluster import Cluster, parse_config
 from coordinator.families import model_spec
@@ -154,7 +154,14 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
             num_tokens=request.num_tokens or 4,
             seed=request.seed,
         )
-        return convert.layer_response(layer_run)
+        response = convert.layer_response(layer_run)
+        if response.ByteSize() > MAX_MESSAGE_BYTES:
+            raise ResourceExhausted(
+                f"the answer takes {response.ByteSize()} bytes of at most {MAX_MESSAGE_BYTES}; "
+                "send fewer tokens",
+                reason="ANSWER_TOO_LARGE",
+            )
+        return response
 
     async def Drain(
         self, request: _control_pb.DrainRequest, context: grpc.aio.ServicerContext

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from colrow.errors import InvalidArgument
 
+from colrow.errors import InvalidArgument
 from coordinator.model_spec import Combine, ModelSpec, ParameterSpec
 from coordinator.shard_group import Partial
 

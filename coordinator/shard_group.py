@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+
 from colrow import __version__
 from colrow.errors import DeadlineExceeded, FailedPrecondition, Internal, ServiceError
-
 from coordinator.scheduler import Step
 from coordinator.shard_plan import ShardPlan
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+
 from colrow.errors import FailedPrecondition, ServiceError, Unavailable
 from colrow.rpc import CHANNEL_OPTIONS, error_of
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
-
 from coordinator import convert
 from coordinator.scheduler import Step
 from coordinator.shard_group import LoadProgress, Partial, WorkerDescription

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from colrow.errors import ServiceError
 
+from colrow.errors import ServiceError
 from shard_worker import grpc_server
 from shard_worker.config import WorkerConfig, parse
 from shard_worker.executor import Executor

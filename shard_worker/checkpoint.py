@@ -19,9 +19,9 @@ from math import prod
 from pathlib import Path
 
 import torch
-from colrow.errors import DataLoss, InvalidArgument
 from torch import Tensor
 
+from colrow.errors import DataLoss, InvalidArgument
 from shard_worker.sharding import ShardLayout
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

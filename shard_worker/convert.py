@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from colrow import __version__
 from colrow.errors import InvalidArgument
 from colrow.v1 import shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
-from torch import Tensor
-
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
 from shard_worker.executor import Description, Group, LoadRequest, State

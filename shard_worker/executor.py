@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
+
 from colrow.errors import (
     Aborted,
     DeadlineExceeded,
@@ -25,8 +27,6 @@ from colrow.errors import (
     InvalidArgument,
     Unavailable,
 )
-from torch import Tensor
-
 from shard_worker import checkpoint, models
 from shard_worker.communicator import (
     CommunicatorAborted,

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
+
 from colrow.rpc import Server
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
-
 from shard_worker import convert
 from shard_worker.executor import Executor
 from shard_worker.model_runner import StepResult

@@ -5,8 +5,9 @@ from math import prod
 
 import numpy as np
 import torch
-from colrow.errors import ResourceExhausted
 from torch import Tensor
+
+from colrow.errors import ResourceExhausted
 
 
 @dataclass(frozen=True, slots=True)

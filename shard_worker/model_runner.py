@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from colrow.errors import InvalidArgument
 from torch import Tensor
 
+from colrow.errors import InvalidArgument
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.models import Model

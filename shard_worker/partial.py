@@ -7,9 +7,9 @@ has merged it with its neighbours.
 from dataclasses import dataclass
 
 import torch
-from colrow.errors import InvalidArgument, NotFound
 from torch import Tensor
 
+from colrow.errors import InvalidArgument, NotFound
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.embedding import Embedding, VocabParallelEmbedding, VocabParallelLMHead
 from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from colrow.errors import InvalidArgument
 from torch import Tensor
 
+from colrow.errors import InvalidArgument
 from shard_worker.communicator import Communicator
 
 

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colrow.errors import Unavailable
-
 from client import Colrow
+from colrow.errors import Unavailable
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0

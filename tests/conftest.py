@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 
 from client.demo_model import DEMO_MODEL_NAME, convert_demo_model
 from tests.clusters import WorkerPool
+
+# A shell starts its background jobs with SIGINT ignored, and that is inherited. Tests send it to the
+# processes that they start, which get the default again from a parent that has a handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from colrow.errors import InvalidArgument
 from torch import Tensor
 
+from colrow.errors import InvalidArgument
 from shard_worker.forward_batch import ForwardBatch
 
 

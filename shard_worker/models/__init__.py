@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from colrow.errors import InvalidArgument
 from torch import Tensor
 
+from colrow.errors import InvalidArgument
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.embedding import VocabParallelLMHead
 from shard_worker.models.gpt2 import GPT2

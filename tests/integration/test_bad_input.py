@@ -21,6 +21,14 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from client import Colrow
+from client.grpc_client import array
 from colrow.errors import DOMAIN, ServiceError
 from colrow.rpc import error_of
 from colrow.v1 import (
@@ -32,14 +40,6 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from client import Colrow
-from client.grpc_client import array
 from coordinator import convert
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan

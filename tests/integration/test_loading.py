@@ -13,14 +13,14 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from client import Colrow
 from colrow.v1 import (
     control_service_pb2,
     shard_worker_service_pb2,
     shard_worker_service_pb2_grpc,
 )
-from transformers import AutoModelForCausalLM
-
-from client import Colrow
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests import checkpoints

@@ -13,13 +13,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from colrow.errors import ServiceError, Unavailable
-from colrow.v1 import (
-    control_service_pb2,
-    inference_service_pb2,
-    shard_plan_pb2,
-    tensor_pb2,
-)
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -28,6 +21,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from client import Colrow, Piece
+from colrow.errors import ServiceError, Unavailable
+from colrow.v1 import (
+    control_service_pb2,
+    inference_service_pb2,
+    shard_plan_pb2,
+    tensor_pb2,
+)
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis
 from coordinator.shard_plan import ShardPlan, make_plan
@@ -308,6 +308,17 @@ class TestGenerate:
             list(threads.map(generate, range(24)))
         eventually(lambda: is_idle(running), "no blocks in use")
         assert "Paris" in text(running.client.generate(CAPITAL, max_tokens=32, temperature=0))
+
+    def test_an_answer_that_no_message_could_carry_is_refused_with_its_size(
+        self, running: RunningCluster
+    ) -> None:
+        with pytest.raises(ServiceError, match="send fewer tokens") as refused:
+            running.client.run_layer(module="lm_head", num_tokens=512)
+        assert (refused.value.code, refused.value.reason) == (
+            "RESOURCE_EXHAUSTED",
+            "ANSWER_TOO_LARGE",
+        )
+        assert running.client.run_layer(module="lm_head", num_tokens=1).runs
 
 
 # The other calls

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.errors import DataLoss, InvalidArgument, ServiceError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from colrow.errors import DataLoss, InvalidArgument, ServiceError
 from coordinator.families import model_spec
 from coordinator.model_spec import ModelSpec
 from coordinator.shard_plan import ShardPlan, make_plan

@@ -11,10 +11,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
-import colrow.errors
-import colrow.v1
 import grpc
 import pytest
+from google.protobuf.descriptor import (
+    Descriptor,
+    EnumDescriptor,
+    FileDescriptor,
+    MethodDescriptor,
+    ServiceDescriptor,
+)
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+
+import colrow.errors
+import colrow.v1
 from colrow.errors import BY_CODE, InvalidArgument, NotFound, ServiceError
 from colrow.rpc import CHANNEL_OPTIONS, Server, error_of
 from colrow.v1 import (
@@ -28,15 +37,6 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from google.protobuf.descriptor import (
-    Descriptor,
-    EnumDescriptor,
-    FileDescriptor,
-    MethodDescriptor,
-    ServiceDescriptor,
-)
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
-
 from coordinator.grpc_server import ControlServicer, InferenceServicer
 
 pytestmark = pytest.mark.timeout(60)

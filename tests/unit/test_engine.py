@@ -10,8 +10,8 @@ from contextlib import aclosing
 
 import pytest
 import tokenizers
-from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 
+from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 from coordinator.block_manager import BlockManager
 from coordinator.engine import Engine, ModelLimits, Output, SamplingRequest
 from coordinator.scheduler import Scheduler, Step

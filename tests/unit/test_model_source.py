@@ -345,9 +345,7 @@ def test_a_download_that_dies_is_a_model_source_error_with_its_last_words(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")  # the hub client can't even be imported
-    with pytest.raises(
-        ModelSourceError, match=r"downloading 'org/name' failed \(ValueError: .*soon"
-    ):
+    with pytest.raises(ModelSourceError, match=r"downloading 'org/name' failed \(.*soon"):
         resolve_model("org/name")
 
 
