@@ -35,14 +35,18 @@ class DecodeSpan:
     context_lens: Tensor  # int64 [num_sequences], the newest token included
     block_size: int
 
-    def mask(self, window: int | None) -> Tensor:
-        """bool [num_sequences, 1, 1, padded context]: which keys count"""
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[num_sequences, 1, 1, padded context]: 0 for keys that count, -inf for others
+
+        It is added to the scores: a mask of bools would be turned into this in every layer.
+        """
         keys = torch.arange(self.block_ids.shape[1] * self.block_size, device=self.block_ids.device)
         lens = self.context_lens.unsqueeze(1)
-        mask = keys < lens
+        hidden = keys >= lens
         if window is not None:
-            mask &= keys >= lens - window
-        return mask[:, None, None, :]
+            hidden |= keys < lens - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
 
 
 @dataclass(frozen=True, slots=True)

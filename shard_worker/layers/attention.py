@@ -77,7 +77,7 @@ class Attention:
         """
         span = batch.decode
         assert span is not None
-        mask = batch.derive(("decode mask", self.window), lambda: span.mask(self.window))
+        mask = batch.derive(("decode mask", self.window), lambda: span.mask(self.window, q.dtype))
         num_sequences = q.shape[0]
         keys, values = cache.read(span.block_ids.flatten())
         shape = (num_sequences, -1, self.num_kv_heads, self.head_dim)
