@@ -2,161 +2,219 @@
 
     python benchmarks/compare_transformers.py --json results.json
 
-Both use bfloat16 and the same prompt of random tokens. Colrow runs a worker with one thread a core,
-transformers as many threads as the workers have together. Figures are medians of the repeats;
-tokens/s counts the tokens after the first, so that it is decoding alone.
+Both use bfloat16 and prompts of random tokens that are new in every repeat. Colrow runs a worker with
+one thread a core, transformers as many threads as the workers have together. Repeats alternate between
+the two, so that both see the same machine where it is shared with others. Neither computes while the
+other is measured.
+
+Figures are medians over the repeats. TTFT is until every request of the batch has its first token,
+TPOT the time per token after it, and tokens/s counts the tokens after it: decoding alone. The control
+plane's share is the part of a step in which the slowest rank executed nothing.
 """
 
 import argparse
+import asyncio
+import itertools
 import json
-import random
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from client import Colrow
+from client import AsyncColrow, Colrow
+from client.bench import Bench, Repeat, fresh_prompts, measured_on
 from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
+from client.views import console, new_table
 
-VOCAB_SIZE = 49152
 START_TIMEOUT_S = 120.0
-
-Timing = tuple[float, float]
-"""Seconds to the first token and to the last."""
+SETTLE_S = 0.5  # for threads of either side that wait actively for a moment
 
 
-def colrow_run(colrow: Colrow, prompts: list[list[int]], num_tokens: int) -> Timing:
-    """All prompts at once; the first token counts when every request has one."""
-    began = time.perf_counter()
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one batch. `control_share` is None of transformers, which has no control plane."""
 
-    def one(prompt: list[int]) -> float:
-        first, count = 0.0, 0
-        for piece in colrow.generate(prompt, max_tokens=num_tokens, temperature=0):
-            first = first or time.perf_counter() - began
-            count += len(piece.token_ids)
-        assert count == num_tokens, f"{count} tokens instead of {num_tokens}"
-        return first
-
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        firsts = list(threads.map(one, prompts))
-    return max(firsts), time.perf_counter() - began
+    tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float
+    steps_per_s: float
+    control_share: float | None = None
 
 
-def lasting_prompts(
-    colrow: Colrow, count: int, length: int, num_tokens: int, generator: random.Random
-) -> list[list[int]]:
-    """Random prompts whose continuation does not end early, which would spoil a figure."""
-    prompts: list[list[int]] = []
-    while len(prompts) < count:
-        prompt = [generator.randrange(100, VOCAB_SIZE) for _ in range(length)]
-        pieces = colrow.generate(prompt, max_tokens=num_tokens, temperature=0)
-        if sum(len(piece.token_ids) for piece in pieces) == num_tokens:
-            prompts.append(prompt)
-    return prompts
+def colrow_figures(repeat: Repeat) -> Figures:
+    """ValueError where a request failed or the batch did not decode together."""
+    errors = {trace.error for trace in repeat.traces if trace.error}
+    if errors:
+        raise ValueError(f"requests failed: {', '.join(errors)}")
+    if repeat.steady is None:
+        raise ValueError("the batch did not decode together long enough; ask for more new tokens")
+    tpots = [trace.tpot_s for trace in repeat.traces if trace.tpot_s is not None]
+    assert repeat.decode_tokens_per_s is not None and repeat.slowest_ttft_s is not None
+    return Figures(
+        tokens_per_s=repeat.decode_tokens_per_s,
+        ttft_ms=1e3 * repeat.slowest_ttft_s,
+        tpot_ms=1e3 * statistics.median(tpots),
+        steps_per_s=repeat.steady.steps_per_s,
+        control_share=repeat.steady.control_share,
+    )
 
 
-def transformers_run(model: object, prompts: list[list[int]], num_tokens: int) -> Timing:
-    """One `generate` of the whole batch, told not to stop; the first token is timed alone."""
+class Stamps:
+    """A streamer of transformers: told of the prompt, then of the tokens of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_figures(model: Any, prompts: list[list[int]], new_tokens: int) -> Figures:
+    """One `generate` of the whole batch, which does not stop before it has all tokens."""
     import torch
 
     batch = torch.tensor(prompts)
-
-    def generate(count: int) -> float:
-        began = time.perf_counter()
-        model.generate(  # type: ignore[attr-defined]
+    stamps = Stamps()
+    began = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=count,
-            min_new_tokens=count,
+            max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
+            streamer=stamps,
         )
-        return time.perf_counter() - began
+    assert output.shape[1] == batch.shape[1] + new_tokens
+    steps = stamps.times[1:]  # the first is the prompt
+    assert len(steps) == new_tokens
+    period = (steps[-1] - steps[0]) / (new_tokens - 1)
+    return Figures(
+        tokens_per_s=len(prompts) / period,
+        ttft_ms=1e3 * (steps[0] - began),
+        tpot_ms=1e3 * period,
+        steps_per_s=1 / period,
+    )
 
-    with torch.inference_mode():
-        return generate(1), generate(num_tokens)
+
+def load_transformers(folder: Path, num_threads: int) -> Any:
+    import torch
+    import transformers
+
+    torch.set_num_threads(num_threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    return model
 
 
-def measure(
-    run: Callable[[list[list[int]], int], Timing],
-    prompts: list[list[int]],
-    *,
-    batch: int,
-    new_tokens: int,
-    repeats: int,
-) -> dict[str, float]:
-    """Medians over the repeats, after one run that warms up; other prompts in each."""
-    timings = []
-    for repeat in range(repeats + 1):
-        chosen = [prompts[(repeat * batch + i) % len(prompts)] for i in range(batch)]
-        timings.append(run(chosen, new_tokens))
-    timings = timings[1:]
-    rates = [batch * (new_tokens - 1) / (last - first) for first, last in timings]
-    return {
-        "ttft_ms": 1e3 * statistics.median(first for first, _ in timings),
-        "tokens_per_s": statistics.median(rates),
-        "tokens_per_s_min": min(rates),
-        "tokens_per_s_max": max(rates),
+Pair = tuple[Figures, Figures]
+"""Of Colrow and of transformers, in the same repeat."""
+
+
+async def compare(
+    target: str, new_prompt: Callable[[int], list[int]], model: Any, flags: argparse.Namespace
+) -> dict[int, list[Pair]]:
+    """For each batch its repeats, after one that warms up."""
+    results: dict[int, list[Pair]] = {}
+    async with AsyncColrow(target) as client:
+        await client.cluster_as_known()  # connects
+        bench = Bench(client, new_prompt)
+        for batch, repeat in itertools.product(flags.batches, range(flags.repeats + 1)):
+            ours = await bench.decode(batch, flags.prompt_tokens, flags.new_tokens)
+            time.sleep(SETTLE_S)
+            prompts = [new_prompt(flags.prompt_tokens) for _ in range(batch)]
+            theirs = transformers_figures(model, prompts, flags.new_tokens)
+            time.sleep(SETTLE_S)
+            if repeat:
+                results.setdefault(batch, []).append((colrow_figures(ours), theirs))
+    return results
+
+
+def medians(figures: list[Figures]) -> Figures:
+    values = [asdict(one) for one in figures]
+    middle: dict[str, Any] = {
+        name: None if values[0][name] is None else statistics.median(v[name] for v in values)
+        for name in values[0]
     }
+    return Figures(**middle)
+
+
+def summary(results: dict[int, list[Pair]]) -> dict[str, Any]:
+    """By batch both sides, and how many times as fast Colrow is, of medians and in single repeats."""
+    summed = {}
+    for batch, pairs in results.items():
+        ours, theirs = (medians(list(side)) for side in zip(*pairs, strict=True))
+        ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+        summed[str(batch)] = {
+            "colrow": asdict(ours),
+            "transformers": asdict(theirs),
+            "ratio": ours.tokens_per_s / theirs.tokens_per_s,
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "repeats": [
+                {"colrow": asdict(ours), "transformers": asdict(theirs)} for ours, theirs in pairs
+            ],
+        }
+    return summed
+
+
+def show(summed: dict[str, Any], transformers_version: str) -> None:
+    table = new_table("Decoding", "batch", "")
+    for column in ("tokens/s", "TTFT ms", "TPOT ms", "steps/s", "control plane", "times as fast"):
+        table.add_column(column, justify="right")
+    for batch, figures in summed.items():
+        for side in ("colrow", "transformers"):
+            values, share = figures[side], figures[side]["control_share"]
+            ratio = (
+                f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f} - {figures['ratio_max']:.2f})"
+            )
+            table.add_row(
+                batch,
+                side if side == "colrow" else f"{side} {transformers_version}",
+                f"{values['tokens_per_s']:.1f}",
+                f"{values['ttft_ms']:.0f}",
+                f"{values['tpot_ms']:.1f}",
+                f"{values['steps_per_s']:.1f}",
+                "" if share is None else f"{share:.1%}",
+                ratio if side == "colrow" else "",
+            )
+    console().print(table)
 
 
 def main() -> None:
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=89)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     flags = parser.parse_args()
 
-    folder = resolve_model(None)
-    settings = {"new_tokens": flags.new_tokens, "repeats": flags.repeats}
-    results: dict[str, dict[int, dict[str, float]]] = {"colrow": {}, "transformers": {}}
-    with LocalCluster(folder, flags.tp, dtype="bfloat16") as local:
-        local.start()
-        local.wait_until_serving(START_TIMEOUT_S)
-        with Colrow(local.target) as colrow:
-            prompts = lasting_prompts(
-                colrow,
-                max(flags.batches),
-                flags.prompt_tokens,
-                flags.new_tokens,
-                random.Random(flags.seed),
-            )
-            for batch in flags.batches:
-                results["colrow"][batch] = measure(
-                    lambda prompts, count: colrow_run(colrow, prompts, count),
-                    prompts,
-                    batch=batch,
-                    **settings,
-                )
-
-    import torch
     import transformers
 
-    torch.set_num_threads(flags.tp)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    for batch in flags.batches:
-        results["transformers"][batch] = measure(
-            lambda prompts, count: transformers_run(model, prompts, count),
-            prompts,
-            batch=batch,
-            **settings,
-        )
-
-    print(f"{'':14}{'batch':>6}{'TTFT ms':>10}{'tokens/s':>10}{'min':>8}{'max':>8}")
-    for name, batches in results.items():
-        for batch, figures in batches.items():
-            print(
-                f"{name:14}{batch:>6}{figures['ttft_ms']:>10.0f}{figures['tokens_per_s']:>10.1f}"
-                f"{figures['tokens_per_s_min']:>8.1f}{figures['tokens_per_s_max']:>8.1f}"
-            )
+    folder = resolve_model(None)
+    model = load_transformers(folder, flags.tp)
+    with LocalCluster(folder, flags.tp, dtype="bfloat16") as local:
+        local.start()
+        cluster = local.wait_until_serving(START_TIMEOUT_S)
+        with Colrow(local.target) as colrow:
+            served = colrow.model()
+        results = asyncio.run(compare(local.target, fresh_prompts(served), model, flags))
+        about = measured_on(served, cluster) | {"transformers": transformers.__version__}
+    summed = summary(results)
+    show(summed, transformers.__version__)
     if flags.json:
-        flags.json.write_text(json.dumps({"settings": vars(flags) | {"json": None}} | results))
+        settings = vars(flags) | {"json": None}
+        data = {"measured_on": about, "settings": settings, "batches": summed}
+        flags.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

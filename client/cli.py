@@ -4,16 +4,33 @@ Modules that take long to import are imported by the commands that need them, or
 for them.
 """
 
+import contextlib
+import functools
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from client.cli_processes import coordinator, serve, worker
-from client.local_cluster import ClusterError
-from client.options import DataType, Json, MemoryWeights, Model, Target, TensorParallel
+from client.errors import ClusterError
+from client.options import (
+    DataType,
+    DataTypeName,
+    Json,
+    MemoryWeights,
+    MinP,
+    Model,
+    Seed,
+    System,
+    Target,
+    Temperature,
+    TensorParallel,
+    TopK,
+    TopP,
+)
 from colrow import __version__
 from colrow.errors import ServiceError
 
@@ -92,19 +109,41 @@ def generate(
             show_default="chat if the model has a template",
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    system: System = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample among the k likeliest tokens.")
+    min_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens to generate before the text may end.")
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the tokens that make up this probability.")
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1: what the prompt or the text has already becomes less likely."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="The same seed gives the same text.")
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: what the text has already becomes less likely.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, for each time that the text has it.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the text before this one. May be given several times."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on where the model would end.")
+    ] = False,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many continuations.")] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Show how likely each token was, and the N likeliest in its place.",
+        ),
     ] = None,
     target: Target = None,
 ) -> None:
@@ -114,7 +153,7 @@ def generate(
 
     Example: colrow generate "What is the capital of Japan?" --max-tokens 32
     """
-    from client.answer import stream_answer
+    from client.answer import logprobs_table, stream_answer
     from client.serving import connected_or_demo, termination_interrupts
     from client.views import console
 
@@ -132,31 +171,210 @@ def generate(
             colrow,
             asked,
             max_tokens=max_tokens,
+            min_tokens=min_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            n=n,
+            logprobs=logprobs,
         )
+        if logprobs is not None:
+            text_of = functools.cache(lambda token: colrow.detokenize([token]))
+            for index, tokens in enumerate(answer.logprobs):
+                title = "Tokens" if n == 1 else f"Tokens of {index + 1}"
+                console().print(logprobs_table(title, tokens, text_of))
         messages.print(answer.summary, style="dim")
 
 
 @app.command()
-def status(target: Target = None, as_json: Json = False) -> None:
+def chat(
+    system: System = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 1024,
+    temperature: Temperature = 0.6,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    target: Target = None,
+) -> None:
+    """Talk with the model, in turns.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists what else there is.
+
+    Without a terminal each line of stdin is a question.
+
+    With no cluster running, the demo model is started for it.
+
+    Example: colrow chat --system "Answer in one sentence."
+    """
+    from client.chat import Chat, make_reader
+    from client.serving import connected_or_demo, termination_interrupts
+    from client.views import console
+
+    messages = console(stderr=True)
+    settings = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    with (
+        termination_interrupts(SystemExit),  # an interrupt ends the answer only
+        connected_or_demo(target, messages) as (colrow, model),
+    ):
+        Chat(colrow, model, messages, system=system, settings=settings).run(make_reader(messages))
+
+
+@app.command()
+def status(
+    target: Target = None,
+    as_json: Json = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Keep showing it as it changes, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds between updates, with --watch.")
+    ] = 1.0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show which layer communicated how much.")
+    ] = False,
+) -> None:
     """Show a running cluster: its state, and what each rank holds and has communicated.
 
-    Example: colrow status --target localhost:50051 --json
+    With --watch it is a live view: requests, KV cache, rates, and how busy each rank is.
+
+    With --watch and --json it is one object a line.
+
+    Example: colrow status --watch --interval 2
     """
-    from client.serving import DEFAULT_TARGET, connected
+    from client.serving import DEFAULT_TARGET, connected, termination_interrupts
     from client.views import console, message_data, status_tables
 
+    out = console()
+    if watch:
+        from client.watch import watch_cluster
+
+        with contextlib.suppress(KeyboardInterrupt), termination_interrupts():  # meant to end so
+            watch_cluster(target or DEFAULT_TARGET, interval, out, as_json=as_json)
+        return
     with connected(target or DEFAULT_TARGET) as (colrow, _):
         cluster = colrow.cluster()
     if as_json:
         print(json.dumps(message_data(cluster), indent=2))
         return
-    out = console()
-    for table in status_tables(cluster):
+    for table in status_tables(cluster, by_module=layers):
         out.print(table)
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="HOST:PORT",
+            help="Measure this running coordinator.",
+            show_default="one is started",
+        ),
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=1, help="Over how many ranks the model is cut.", show_default="2"),
+    ] = None,
+    dtype: Annotated[
+        DataTypeName | None,
+        typer.Option(
+            "--dtype", help="Type of weights and KV cache.", show_default="the checkpoint's"
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Time per token, of so many requests at once."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Time to the first token, of prompts this long."),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Throughput, of so many requests a second that arrive at random; inf is all at once.",
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests at each --rate.")] = 32,
+    input_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens, for --batch and --rate.")
+    ] = 128,
+    output_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to generate, for --batch and --rate.")
+    ] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    warmups: Annotated[int, typer.Option(min=0, help="Runs of each before that.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the times of arrival.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write everything that was measured here."),
+    ] = None,
+) -> None:
+    """Measure how fast a cluster is: time per token, time to the first token, throughput.
+
+    Without --batch, --prompt and --rate it takes --batch 1,8 --prompt 128,1024 --rate inf.
+
+    Prompts are random tokens, and always new, so that the prefix cache can't help.
+
+    Example: colrow bench --target localhost:50051 --batch 1,8 --rate 2,inf --json results.json
+    """
+    from client.bench import Workload, parse_counts, parse_rates, report_data, run_bench
+    from client.bench_view import BenchProgress, report_tables
+    from client.serving import Settings, connected, running, termination_interrupts
+    from client.views import console
+
+    if target is not None and (model, tp, dtype) != (None, None, None):
+        raise ValueError(
+            f"target = {target!r}: has its model already; leave out MODEL, --tp and --dtype"
+        )
+    if (batch, prompt, rate) == (None, None, None):
+        batch, prompt, rate = "1,8", "128,1024", "inf"
+    workload = Workload(
+        batches=parse_counts("batch", batch),
+        prompts=parse_counts("prompt", prompt),
+        rates=parse_rates(rate),
+        requests=requests,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        warmups=warmups,
+        seed=seed,
+    )
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"json = {str(json_file)!r}: its folder does not exist")
+    messages = console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(termination_interrupts())
+        if target is None:
+            settings = Settings(model=model, tp=tp or 2, dtype=dtype or "auto")
+            target = stack.enter_context(running(settings, messages)).local.target
+        colrow, served = stack.enter_context(connected(target))
+        with BenchProgress(messages) as progress:
+            report = run_bench(colrow, served, workload, progress)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report_data(report), indent=1) + "\n")
+    out = console()
+    for part in report_tables(report):
+        out.print(part)
+    if report.num_failed:
+        raise typer.Exit(1)
 
 
 @app.command()

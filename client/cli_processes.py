@@ -28,6 +28,9 @@ def serve(
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any.")
     ] = _DEFAULTS.grpc_port,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the OpenAI-compatible API; 0 takes any.")
+    ] = _DEFAULTS.http_port,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = _DEFAULTS.host,
     served_model_name: Annotated[
         str | None, typer.Option(help="Id that clients see.", show_default="MODEL's name")
@@ -86,6 +89,7 @@ def serve(
         memory_weights=memory_weights,
         host=host,
         grpc_port=grpc_port,
+        http_port=http_port,
         served_model_name=served_model_name,
         coordinator_args=arguments,
         worker_args=("--log-level", log_level),

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from client.errors import ClusterError
 from client.grpc_client import Colrow
 from colrow.errors import ServiceError
 from colrow.v1 import control_service_pb2
@@ -45,10 +46,6 @@ _CHILD = Path(__file__).with_name("child.py")
 # Huge pages for what malloc hands out. A decode step streams all weights from memory; with pages of
 # 4 KiB, most of all in a virtual machine, a quarter of its time goes into finding them.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
-class ClusterError(Exception):
-    """The processes did not come up, or did not stay up; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ class LocalCluster:
         tp: how many workers.
         dtype: "auto" is the checkpoint's.
         coordinator_args, worker_args: further flags of `colrow coordinator` and `colrow worker`.
-        grpc_port: of the coordinator; 0 takes a free one, then in `target`.
+        grpc_port, http_port: of the coordinator; 0 takes a free one, then in `target` and `http_url`.
         log_folder: takes a log file a process. By default a temporary folder, which is removed by
             `stop` unless something failed.
     """
@@ -129,6 +126,7 @@ class LocalCluster:
         coordinator_args: Sequence[str] = (),
         worker_args: Sequence[str] = (),
         grpc_port: int = 0,
+        http_port: int = 0,
         host: str = "127.0.0.1",
         log_folder: Path | None = None,
     ) -> None:
@@ -139,6 +137,7 @@ class LocalCluster:
         self.dtype = dtype
         self.host = host
         self.grpc_port = grpc_port
+        self.http_port = http_port
         self.log_folder = log_folder
         self.processes: list[Process] = []
         self._coordinator_args = tuple(coordinator_args)
@@ -149,9 +148,17 @@ class LocalCluster:
     @property
     def target(self) -> str:
         """Where the coordinator listens, host:port."""
+        return f"{self._called_host}:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """Where its HTTP API is."""
+        return f"http://{self._called_host}:{self.http_port}"
+
+    @property
+    def _called_host(self) -> str:
         # An address for listening on every interface is none to call.
-        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(self.host, self.host)
-        return f"{host}:{self.grpc_port}"
+        return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(self.host, self.host)
 
     def __enter__(self) -> Self:
         return self
@@ -191,16 +198,19 @@ class LocalCluster:
             )
         workers = list(self.processes)
         ports = self._wait_for_ports(workers, "Starting the shard workers", report)
+        http_port_file = self.log_folder / "coordinator.http-port"
         self._spawn(
             "coordinator",
             "coordinator",
             *("--model", str(self.model), "--host", self.host),
             *("--grpc-port", str(self.grpc_port), "--dtype", self.dtype),
+            *("--http-port", str(self.http_port), "--http-port-file", str(http_port_file)),
             *("--workers", ",".join(f"127.0.0.1:{port}" for port in ports)),
             *self._coordinator_args,
         )
         started = self.processes[-1:]
         (self.grpc_port,) = self._wait_for_ports(started, "Starting the coordinator", report)
+        self.http_port = int(http_port_file.read_text())
 
     def _spawn(self, name: str, module: str, *arguments: str) -> None:
         assert self.log_folder is not None

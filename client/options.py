@@ -16,8 +16,9 @@ Model = Annotated[
 TensorParallel = Annotated[
     int, typer.Option("--tp", min=1, help="Over how many ranks the model is cut.")
 ]
+DataTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DataType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    DataTypeName,
     typer.Option("--dtype", help="Type of weights and KV cache; auto is the checkpoint's."),
 ]
 MemoryWeights = Annotated[
@@ -35,4 +36,19 @@ Target = Annotated[
         "--target", metavar="HOST:PORT", help="The coordinator.", show_default="localhost:50051"
     ),
 ]
+Temperature = Annotated[
+    float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.")
+]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample among the k likeliest tokens.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample among the tokens that make up this probability.")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample among the tokens at least this many times as likely as the likeliest."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
+System = Annotated[str | None, typer.Option(help="System message of the chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of tables.")]

@@ -34,6 +34,7 @@ class Settings:
     memory_weights: str | None = None
     host: str = "127.0.0.1"
     grpc_port: int = 0
+    http_port: int = 0
     served_model_name: str | None = None
     coordinator_args: Sequence[str] = ()
     worker_args: Sequence[str] = ()
@@ -53,8 +54,9 @@ def running(settings: Settings, messages: Console) -> Iterator[Running]:
 
     What the user can have got wrong is found before any process starts: ValueError.
     """
-    if settings.grpc_port:
-        check_port(settings.host, settings.grpc_port)
+    for flag, port in (("grpc-port", settings.grpc_port), ("http-port", settings.http_port)):
+        if port:
+            check_port(settings.host, port, flag)
     with progress_view(messages) as progress:
         local = _prepare(settings, progress)
         # Outside of `with local`, for the bars to end before what is shown while it serves; `start`
@@ -92,6 +94,7 @@ def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
         coordinator_args=arguments,
         worker_args=settings.worker_args,
         grpc_port=settings.grpc_port,
+        http_port=settings.http_port,
         host=settings.host,
     )
 
@@ -113,7 +116,7 @@ def parse_memory_weights(text: str | None) -> list[float] | None:
         raise ValueError(f"memory-weights = {text!r}: is neither 'auto' nor numbers") from None
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, flag: str) -> None:
     """ValueError when the port can't be listened on. The coordinator would say so, but seconds later."""
     bare_host = host.strip("[]")
     family = socket.AF_INET6 if ":" in bare_host else socket.AF_INET
@@ -121,8 +124,8 @@ def check_port(host: str, port: int) -> None:
         socket.create_server((bare_host, port), family=family).close()
     except OSError as error:
         raise ValueError(
-            f"grpc-port {port} on {host} can't be listened on ({error.strerror}); "
-            "choose another one with --grpc-port"
+            f"{flag} {port} on {host} can't be listened on ({error.strerror}); "
+            f"choose another one with --{flag}"
         ) from error
 
 
@@ -179,17 +182,24 @@ def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> st
             f'  colrow generate "What is the capital of Japan?"{target}',
             f"  colrow status{target}",
             f"  colrow layer 3 mlp.down_proj{target}",
+            f"  curl {escape(local.http_url)}/v1/models",
+            f"OpenAI's clients take base_url={escape(local.http_url)}/v1.",
             f"Logs are in {local.log_folder}. Ctrl-C stops it all.",
         )
     )
 
 
 @contextlib.contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """SIGTERM, and a terminal that closes, end what runs as Ctrl-C does: in good order."""
+def termination_interrupts(
+    error: type[KeyboardInterrupt] | type[SystemExit] = KeyboardInterrupt,
+) -> Iterator[None]:
+    """SIGTERM, and a terminal that closes, end what runs as Ctrl-C does: in good order.
+
+    With SystemExit they end what goes on after Ctrl-C, too.
+    """
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise error(128 + number)
 
     before = {
         number: signal.signal(number, interrupt)

@@ -201,14 +201,16 @@ def new_table(title: str, *columns: str) -> Table:
 # --- a running cluster ------------------------------------------------------------------------
 
 
-def status_tables(cluster: control_service_pb2.Cluster) -> list[Table]:
-    """All that `GetCluster` answers, as tables."""
+def status_tables(cluster: control_service_pb2.Cluster, *, by_module: bool = False) -> list[Table]:
+    """All that `GetCluster` answers, as tables; what was communicated also `by_module`."""
     tables = [_cluster_table(cluster)]
     if cluster.HasField("plan"):
         tables.append(rank_table("What each rank owns", rank_rows(cluster.plan)))
     tables.append(held_table(cluster))
     if any(worker.description.communication for worker in cluster.workers):
         tables.append(communication_table(cluster))
+        if by_module:
+            tables.append(communication_by_module_table(cluster))
     return tables
 
 
@@ -234,8 +236,14 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
         table.add_row(
             "KV cache",
             f"{scheduler.kv_blocks_used:,} of {scheduler.kv_blocks_total:,} blocks used, "
-            f"{scheduler.block_size} tokens each",
+            f"{scheduler.kv_blocks_cached:,} more hold prefixes, {scheduler.block_size} tokens each",
         )
+        if scheduler.prefix_queries:
+            table.add_row(
+                "prefix cache",
+                f"{scheduler.prefix_hits:,} of {scheduler.prefix_queries:,} prompt tokens found "
+                f"({scheduler.prefix_hits / scheduler.prefix_queries:.0%})",
+            )
         table.add_row(
             "so far",
             f"{scheduler.steps:,} steps, {scheduler.prompt_tokens:,} prompt tokens, "
@@ -279,19 +287,46 @@ def communication_table(
         table.add_column(f"the plan, for {planned_tokens} tokens", justify="right")
     per_token = cluster.plan.all_reduce_bytes_per_token
     for worker in cluster.workers:
-        for stats in worker.description.communication:
+        for operation, (calls, payload_bytes) in communicated(worker).items():
             planned = []
-            if planned_tokens is not None and stats.operation == "all_reduce":
+            if planned_tokens is not None and operation == "all_reduce":
                 expected = per_token * planned_tokens
-                sign = "=" if expected == stats.payload_bytes else "≠"
+                sign = "=" if expected == payload_bytes else "≠"
                 planned = [f"{sign} {per_token:,} x {planned_tokens} = {expected:,}"]
-            table.add_row(
-                str(worker.rank),
-                stats.operation,
-                f"{stats.calls:,}",
-                f"{stats.payload_bytes:,}",
-                *planned,
-            )
+            table.add_row(str(worker.rank), operation, f"{calls:,}", f"{payload_bytes:,}", *planned)
+    return table
+
+
+def communicated(worker: control_service_pb2.WorkerStatus) -> dict[str, tuple[int, int]]:
+    """Calls and bytes of one rank by operation, all modules together."""
+    sums: dict[str, tuple[int, int]] = {}
+    for stats in worker.description.communication:
+        calls, payload_bytes = sums.get(stats.operation, (0, 0))
+        sums[stats.operation] = calls + stats.calls, payload_bytes + stats.payload_bytes
+    return sums
+
+
+def communication_by_module_table(cluster: control_service_pb2.Cluster) -> Table:
+    """A row for each module that communicates, a column for each rank's bytes."""
+    table = new_table("By module, in bytes that a rank put in", "module", "operation")
+    table.add_column("calls", justify="right")
+    for worker in cluster.workers:
+        table.add_column(f"rank {worker.rank}", justify="right")
+    rows: dict[tuple[str, str], dict[int, shard_worker_service_pb2.CommunicationStats]] = {}
+    for worker in cluster.workers:
+        for stats in worker.description.communication:
+            rows.setdefault((stats.module, stats.operation), {})[worker.rank] = stats
+    for (module, operation), by_rank in rows.items():
+        calls = dict.fromkeys(f"{stats.calls:,}" for stats in by_rank.values())
+        table.add_row(
+            escape(module),
+            operation,
+            " / ".join(calls),  # one number: a collective is one call of every rank
+            *(
+                f"{by_rank[worker.rank].payload_bytes:,}" if worker.rank in by_rank else "-"
+                for worker in cluster.workers
+            ),
+        )
     return table
 
 

@@ -2,15 +2,21 @@
 
 import asyncio
 import logging
+import math
 import signal
 import sys
 from collections.abc import Sequence
 
+from colrow import logs
 from colrow.errors import ServiceError
-from coordinator import grpc_server
+from coordinator import grpc_server, http_server
 from coordinator.cluster import Cluster, ModelFolder, State
 from coordinator.config import CoordinatorConfig, parse
+from coordinator.http_server import HttpServer
+from coordinator.metrics import Metrics
 from coordinator.shard_group import ShardGroup
+from coordinator.telemetry import Telemetry
+from coordinator.tracing import Tracing
 from coordinator.worker_client import WorkerClient
 
 log = logging.getLogger("coordinator")
@@ -24,10 +30,23 @@ async def serve(config: CoordinatorConfig) -> None:
         [WorkerClient(address) for address in config.workers],
         step_timeout_s=config.step_timeout_s,
     )
-    cluster = Cluster(config, ModelFolder.open(config.model), group)
+    model = ModelFolder.open(config.model)
+    context_length = config.max_model_len or model.spec.max_position_embeddings
+    metrics = Metrics(config.served_model_name, context_length)
+    tracing = None
+    if config.otlp_endpoint:
+        tracing = Tracing.open(config.otlp_endpoint, config.served_model_name)
+    cluster = Cluster(config, model, group, observer=Telemetry(metrics, tracing))
     server = grpc_server.build(cluster)
+    api = http_server.build(cluster, lambda accept: metrics.render(cluster, accept))
+    http = HttpServer(api, stop_grace_s=math.ceil(STOP_GRACE_S))
+    http_port = http.bind(config.host, config.http_port)
     port = await server.start(f"{config.host}:{config.grpc_port}")
+    await http.start()
+    log.info("HTTP API at http://%s:%d", config.host, http_port)
     log.info("listening on %s:%d", config.host, port)
+    if config.http_port_file is not None:
+        config.http_port_file.write_text(f"{http_port}\n")
     if config.port_file is not None:
         config.port_file.write_text(f"{port}\n")
 
@@ -50,23 +69,21 @@ async def serve(config: CoordinatorConfig) -> None:
         for task in (running, stop):
             task.cancel()
         await asyncio.gather(running, stop, return_exceptions=True)
-        await server.stop(STOP_GRACE_S)
+        await asyncio.gather(server.stop(STOP_GRACE_S), http.stop())
         health.cancel()
         await asyncio.gather(health, return_exceptions=True)
         await cluster.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure(config.log_level, config.log_format)
     try:
         asyncio.run(serve(config))
     except (ServiceError, ValueError) as error:
-        print(f"colrow coordinator: {error}", file=sys.stderr)
+        logs.complain("colrow coordinator", error, config.log_format)
         return 1
     return 0
 

@@ -13,9 +13,10 @@ from typing import Any
 from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from coordinator.block_manager import BlockManager
 from coordinator.config import CoordinatorConfig
-from coordinator.engine import Engine, ModelLimits
+from coordinator.engine import Engine, Observer
 from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
+from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan
@@ -77,7 +78,14 @@ def parse_config(text: str, field: str = "config_json") -> dict[str, Any]:
 class Cluster:
     """One model on one group of workers."""
 
-    def __init__(self, config: CoordinatorConfig, model: ModelFolder, group: ShardGroup) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        model: ModelFolder,
+        group: ShardGroup,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
         self.config = config
         self.model = model
         self.group = group
@@ -86,6 +94,7 @@ class Cluster:
         self.plan: ShardPlan | None = None
         self.scheduler: Scheduler | None = None
         self.engine_or_none: Engine | None = None
+        self._observer = observer
         self._limits: ModelLimits | None = None
         self._changed = asyncio.Event()
 
@@ -144,7 +153,7 @@ class Cluster:
         await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
         await self.group.allocate(num_blocks, config.block_size)
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, config.block_size),
+            BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_batched_tokens=config.max_batched_tokens,
             max_running=config.max_running,
         )
@@ -154,6 +163,8 @@ class Cluster:
             self._limits,
             self.model.tokenizer,
             run_ahead=config.run_ahead,
+            max_waiting=config.max_waiting,
+            observer=self._observer,
         )
         return self.engine_or_none
 
@@ -179,8 +190,9 @@ class Cluster:
                     config.kv_cache_bytes / 2**20,
                     f"a block of {config.block_size} tokens takes {block_bytes} bytes on a rank",
                 )
-        context = min(context, num_blocks * config.block_size)
-        return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids)
+        cache_tokens = num_blocks * config.block_size
+        context = min(context, cache_tokens)
+        return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids, cache_tokens)
 
     def _set_state(self, state: State) -> None:
         self.state = state

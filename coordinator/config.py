@@ -1,11 +1,15 @@
 """The settings of a coordinator process. Nothing below this reads flags or the environment."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from colrow.logs import FORMATS
+
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MAX_RUNNING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +31,24 @@ class CoordinatorConfig:
     max_model_len: int | None
     max_batched_tokens: int
     max_running: int
+    max_waiting: int
+    prefix_caching: bool
     run_ahead: int
     startup_timeout_s: float
     step_timeout_s: float
     log_level: str
+    log_format: str
+    otlp_endpoint: str
+    http_port: int = 8000
     port_file: Path | None = None
+    http_port_file: Path | None = None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="colrow coordinator",
         description="The coordinator: plans the shards of a model, drives the workers and serves "
-        "users over gRPC.",
+        "users over gRPC and HTTP.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -51,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--grpc-port", type=int, default=50051, help="port to listen on; 0 takes any")
+    add(
+        "--http-port",
+        type=int,
+        default=8000,
+        help="port of the HTTP API, which is OpenAI's; 0 takes any",
+    )
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the checkpoint's")
     add(
         "--transport",
@@ -68,16 +84,42 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=16, help="tokens in a block of KV cache")
     add("--max-model-len", type=int, help="context length in tokens (default: the model's)")
     add("--max-batched-tokens", type=int, default=1024, help="tokens in a step, at most")
-    add("--max-running", type=int, default=64, help="sequences in a step, at most")
+    add(
+        "--max-running",
+        type=int,
+        help=f"sequences in a step, at most (default: {DEFAULT_MAX_RUNNING}, or "
+        "--max-batched-tokens if that is less)",
+    )
+    add(
+        "--max-waiting",
+        type=int,
+        default=1024,
+        help="sequences that wait to run; more are refused with RESOURCE_EXHAUSTED",
+    )
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prompts that begin alike share their KV cache",
+    )
     add("--run-ahead", type=int, default=2, help="steps sent before the oldest one is read")
     add("--startup-timeout", type=float, default=300.0, help="seconds for workers to come up")
     add("--step-timeout", type=float, default=60.0, help="seconds after which a step has failed")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--log-format", choices=FORMATS, default="text", help="json is one object a line")
+    add(
+        "--otlp-endpoint",
+        default="",
+        metavar="URL",
+        help="where to send traces over OTLP with gRPC: http://HOST:4317, or https over TLS; none "
+        "are made without it",
+    )
     add(
         "--port-file",
         type=Path,
         help="file to write the port to once it is bound, for --grpc-port 0",
     )
+    add("--http-port-file", type=Path, help="the same for --http-port; it is written first")
     return parser
 
 
@@ -92,6 +134,7 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         "max_model_len",
         "max_batched_tokens",
         "max_running",
+        "max_waiting",
         "run_ahead",
         "startup_timeout",
         "step_timeout",
@@ -100,14 +143,24 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         value = getattr(flags, name)
         if value is not None and not 0 < value < 2**32:
             parser.error(f"--{name.replace('_', '-')} {value}: is not in (0, {2**32})")
-    if not 0 <= flags.grpc_port <= 65535:
-        parser.error(f"--grpc-port {flags.grpc_port}: is not in [0, 65535]")
+    max_running = flags.max_running or min(DEFAULT_MAX_RUNNING, flags.max_batched_tokens)
+    if max_running > flags.max_batched_tokens:
+        parser.error(
+            f"--max-running {max_running}: a step has only --max-batched-tokens "
+            f"{flags.max_batched_tokens}"
+        )
+    for name in ("grpc_port", "http_port"):
+        port = getattr(flags, name)
+        if not 0 <= port <= 65535:
+            parser.error(f"--{name.replace('_', '-')} {port}: is not in [0, 65535]")
     workers = tuple(address.strip() for address in flags.workers.split(","))
     for address in workers:
         if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
             parser.error(f"--workers {address!r}: is no host:port")
     if len(set(workers)) != len(workers):
         parser.error(f"--workers {flags.workers}: an address stands there twice")
+    if flags.otlp_endpoint and not re.fullmatch(r"https?://[^\s/]+/?", flags.otlp_endpoint):
+        parser.error(f"--otlp-endpoint {flags.otlp_endpoint!r}: is no http://HOST:PORT")
     weights = None
     if flags.memory_weights not in (None, "auto"):
         try:
@@ -129,10 +182,16 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         block_size=flags.block_size,
         max_model_len=flags.max_model_len,
         max_batched_tokens=flags.max_batched_tokens,
-        max_running=flags.max_running,
+        max_running=max_running,
+        max_waiting=flags.max_waiting,
+        prefix_caching=flags.prefix_caching,
         run_ahead=flags.run_ahead,
         startup_timeout_s=flags.startup_timeout,
         step_timeout_s=flags.step_timeout,
         log_level=flags.log_level,
+        log_format=flags.log_format,
+        otlp_endpoint=flags.otlp_endpoint,
+        http_port=flags.http_port,
         port_file=flags.port_file,
+        http_port_file=flags.http_port_file,
     )

@@ -1,5 +1,6 @@
 """Between the contract's messages and the coordinator's own types; protobuf stops here."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +18,18 @@ from colrow.v1 import (
     tensor_pb2,
 )
 from coordinator.cluster import Cluster, State
-from coordinator.engine import Output, SamplingRequest
 from coordinator.model_spec import Axis, Combine, ParameterSpec
+from coordinator.request import Output, Request, SamplingRequest
 from coordinator.run_layer import LayerRun, ModuleRun
-from coordinator.scheduler import Step
-from coordinator.sequence import FinishReason
-from coordinator.shard_group import OpStats, Partial, WorkerDescription, WorkerStatus
+from coordinator.scheduler import NewSequence, SequenceLogprobs, Step, StepOutput
+from coordinator.sequence import FinishReason, TokenLogprobs
+from coordinator.shard_group import (
+    OpStats,
+    Partial,
+    StepAnswer,
+    WorkerDescription,
+    WorkerStatus,
+)
 from coordinator.shard_plan import ShardPlan
 from coordinator.tokenizer import ChatMessage, Tokenizer
 
@@ -94,10 +101,84 @@ _FINISH_VALUES = {
 
 def sampling(message: sampling_pb2.SamplingParams) -> SamplingRequest:
     """Unset fields take the defaults of `SamplingRequest`; those are the contract's."""
-    names = ("temperature", "top_k", "top_p", "seed")
-    return SamplingRequest(
-        **{name: getattr(message, name) for name in names if message.HasField(name)}
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
     )
+    return SamplingRequest(
+        **{name: getattr(message, name) for name in names if message.HasField(name)},
+        logit_bias=dict(message.logit_bias),
+    )
+
+
+def generate_request(
+    message: _inference_pb.GenerateRequest,
+    request_id: str,
+    tokenizer: Tokenizer | None,
+    trace: Mapping[str, str],
+) -> Request:
+    """InvalidArgument naming the field that can't be so."""
+    names = ("max_tokens", "n", "logprobs", "prompt_logprobs")
+    return Request(
+        request_id=request_id,
+        prompt=tuple(prompt(message, tokenizer)),
+        sampling=sampling(message.sampling),
+        **{name: getattr(message, name) for name in names if message.HasField(name)},
+        min_tokens=message.min_tokens,
+        ignore_eos=message.ignore_eos,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        include_stop=message.include_stop,
+        priority=message.priority,
+        show_special_tokens=message.show_special_tokens,
+        trace=trace,
+    )
+
+
+def score_requests(
+    message: _inference_pb.ScoreRequest, request_id: str, trace: Mapping[str, str]
+) -> list[Request]:
+    """One request a sequence, which looks at its prompt only."""
+    if not message.sequences:
+        raise InvalidArgument("sequences", [], "is empty")
+    return [
+        Request(
+            request_id=f"{request_id}-{place}",
+            prompt=tuple(sequence.ids),
+            sampling=SamplingRequest(temperature=0),
+            max_tokens=0,
+            prompt_logprobs=message.top_logprobs,
+            priority=message.priority,
+            trace=trace,
+        )
+        for place, sequence in enumerate(message.sequences)
+    ]
+
+
+def token_scores(logprobs: Sequence[TokenLogprobs]) -> _inference_pb.TokenScores:
+    return _inference_pb.TokenScores(
+        tokens=_logprobs_messages(logprobs),
+        logprob=sum(item.logprob for item in logprobs),
+    )
+
+
+def _logprobs_messages(items: Iterable[TokenLogprobs]) -> list[sampling_pb2.TokenLogprobs]:
+    return [
+        sampling_pb2.TokenLogprobs(
+            token_id=item.token_id,
+            logprob=item.logprob,
+            rank=item.rank,
+            top_token_ids=[token for token, _ in item.top],
+            top_logprobs=[logprob for _, logprob in item.top],
+        )
+        for item in items
+    ]
 
 
 def prompt(request: _inference_pb.GenerateRequest, tokenizer: Tokenizer | None) -> list[int]:
@@ -131,18 +212,26 @@ def need(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def generate_response(
-    request_id: str, output: Output, usage: tuple[int, int]
-) -> _inference_pb.GenerateResponse:
-    """`usage` is prompt and completion tokens; it goes with the last response."""
+def generate_response(request_id: str, output: Output) -> _inference_pb.GenerateResponse:
     response = _inference_pb.GenerateResponse(
         request_id=request_id,
         text=output.text,
         token_ids=output.token_ids,
         finish_reason=_FINISH_VALUES[output.finish_reason],
+        index=output.index,
     )
-    if output.finish_reason is not None:
-        response.usage.prompt_tokens, response.usage.completion_tokens = usage
+    if output.logprobs:
+        response.logprobs.extend(_logprobs_messages(output.logprobs))
+    if output.prompt_logprobs:
+        response.prompt_logprobs.extend(_logprobs_messages(output.prompt_logprobs))
+    if isinstance(output.stop_reason, str):
+        response.stop_text = output.stop_reason
+    elif output.stop_reason is not None:
+        response.stop_token_id = output.stop_reason
+    if output.usage is not None:
+        response.usage.prompt_tokens = output.usage.prompt_tokens
+        response.usage.completion_tokens = output.usage.completion_tokens
+        response.usage.cached_prompt_tokens = output.usage.cached_prompt_tokens
     return response
 
 
@@ -250,6 +339,9 @@ def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
                 prompt_tokens=engine.num_prompt_tokens if engine else 0,
                 generated_tokens=engine.num_generated_tokens if engine else 0,
                 preemptions=scheduler.num_preemptions,
+                prefix_queries=scheduler.num_prefix_queries,
+                prefix_hits=scheduler.num_prefix_hits,
+                kv_blocks_cached=scheduler.blocks.num_cached,
             )
         )
     return message
@@ -262,6 +354,7 @@ def _status_message(status: WorkerStatus) -> _control_pb.WorkerStatus:
         bytes_read=status.progress.bytes_read,
         bytes_to_read=status.progress.bytes_to_read,
         last_step_id=status.last_step_id,
+        busy_us=status.busy_us,
     )
     if status.description is not None:
         message.description.CopyFrom(_description_message(status.description))
@@ -292,7 +385,7 @@ def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescripti
         state=_WORKER_STATES.get(message.state, "unknown"),
         transport=_TRANSPORTS.get(message.transport),
         communication=tuple(
-            OpStats(s.operation, s.calls, s.payload_bytes) for s in message.communication
+            OpStats(s.operation, s.module, s.calls, s.payload_bytes) for s in message.communication
         ),
         supported_architectures=tuple(message.supported_architectures),
     )
@@ -305,7 +398,10 @@ def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescript
         transport=transport_value(worker.transport),
         communication=[
             _worker_pb.CommunicationStats(
-                operation=s.operation, calls=s.calls, payload_bytes=s.payload_bytes
+                operation=s.operation,
+                module=s.module,
+                calls=s.calls,
+                payload_bytes=s.payload_bytes,
             )
             for s in worker.communication
         ],
@@ -366,20 +462,7 @@ def step_request(epoch: int, step: Step) -> _worker_pb.ExecuteStepsRequest:
         epoch=epoch,
         step_id=step.step_id,
         finished_sequence_ids=step.finished,
-        new_sequences=[
-            _worker_pb.NewSequence(
-                sequence_id=new.sequence.sequence_id,
-                token_ids=new.token_ids,
-                num_prompt_tokens=len(new.sequence.prompt),
-                sampling=_worker_pb.StepSampling(
-                    temperature=new.sequence.sampling.temperature,
-                    top_k=new.sequence.sampling.top_k,
-                    top_p=new.sequence.sampling.top_p,
-                    seed=new.sequence.sampling.seed,
-                ),
-            )
-            for new in step.new_sequences
-        ],
+        new_sequences=[_new_sequence(new) for new in step.new_sequences],
         chunks=[
             _worker_pb.ScheduledChunk(
                 sequence_id=chunk.sequence.sequence_id,
@@ -389,6 +472,52 @@ def step_request(epoch: int, step: Step) -> _worker_pb.ExecuteStepsRequest:
             for chunk in step.chunks
         ],
     )
+
+
+def _new_sequence(new: NewSequence) -> _worker_pb.NewSequence:
+    sampling = new.sequence.sampling
+    return _worker_pb.NewSequence(
+        sequence_id=new.sequence.sequence_id,
+        token_ids=new.token_ids,
+        num_prompt_tokens=len(new.sequence.prompt),
+        sampling=_worker_pb.StepSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            seed=sampling.seed,
+            min_tokens=sampling.min_tokens,
+            stop_token_ids=sampling.suppressed,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+        ),
+        cached_block_ids=new.cached_block_ids,
+    )
+
+
+def step_answer(response: _worker_pb.ExecuteStepsResponse) -> StepAnswer:
+    return StepAnswer(
+        response.step_id,
+        StepOutput(
+            tokens=dict(zip(response.sequence_ids, response.token_ids, strict=True)),
+            logprobs=tuple(
+                SequenceLogprobs(
+                    item.sequence_id, item.start, tuple(_token_logprobs(t) for t in item.tokens)
+                )
+                for item in response.logprobs
+            ),
+        ),
+        response.duration_us,
+    )
+
+
+def _token_logprobs(message: sampling_pb2.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, message.rank, top)
 
 
 def tensor_message(array: np.ndarray) -> tensor_pb2.Tensor:

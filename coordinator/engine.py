@@ -1,4 +1,4 @@
-"""The step loop and the token streams.
+"""The step loop, and a request's view of it.
 
 The loop keeps `run_ahead` steps sent: while the workers compute one, the next is already with them,
 so they never wait for the coordinator. What a step samples stays in the workers and feeds the next
@@ -8,63 +8,21 @@ one; the coordinator reads it a step later. A sequence that turns out to have en
 
 import asyncio
 import itertools
-import logging
-import random
+import math
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
-from colrow.errors import InvalidArgument, ServiceError, Unavailable
-from coordinator.scheduler import Scheduler, Step
-from coordinator.sequence import FinishReason, Sampling, Sequence
-from coordinator.tokenizer import TextStream, Tokenizer
+from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
+from coordinator.request import ModelLimits, Output, Request, RequestRecord
+from coordinator.scheduler import Scheduler, Step, StepOutput
+from coordinator.sequence import Sequence, TokenLogprobs
+from coordinator.stream import Choice, Stream
+from coordinator.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-MAX_TEMPERATURE = 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a request is checked against."""
-
-    vocab_size: int
-    context_length: int
-    """Tokens of prompt and completion together: the model's, or what the cache holds if less."""
-    eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """Sampling as a client asks for it; `seed` None is drawn by the engine."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= MAX_TEMPERATURE:  # also refuses NaN
-            raise InvalidArgument(
-                "sampling.temperature", self.temperature, f"is not in [0, {MAX_TEMPERATURE:g}]"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InvalidArgument("sampling.top_p", self.top_p, "is not in (0, 1]")
-
-    def resolve(self) -> Sampling:
-        seed = random.getrandbits(64) if self.seed is None else self.seed
-        return Sampling(self.temperature, self.top_k, self.top_p, seed)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What came since the last one. `finish_reason` is set on the last."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
+QUEUE_RETRY_S = 1.0
 
 
 class Steps(Protocol):
@@ -73,35 +31,37 @@ class Steps(Protocol):
     async def send(self, step: Step) -> None:
         """Hands a step to every worker; does not wait for its result."""
 
-    async def receive(self) -> dict[int, int]:
-        """The tokens that the oldest unread step sampled, by sequence id."""
+    async def receive(self) -> StepOutput:
+        """What the oldest unread step gave."""
 
 
-class _Stream:
-    """Tokens on their way to one reader. A slow one finds them together; it holds up nobody."""
+class Observer(Protocol):
+    """Told of what happens, for metrics, logs and traces. Must not block nor raise."""
 
-    def __init__(self, sequence: Sequence, text: TextStream | None) -> None:
-        self.sequence = sequence
-        self.text = text
-        self.tokens: list[int] = []
-        self.error: ServiceError | None = None
-        self.ready = asyncio.Event()
+    def step(self, num_tokens: int) -> None:
+        """A step of so many tokens was sent."""
 
-    async def read(self) -> Output:
-        await self.ready.wait()
-        self.ready.clear()
-        tokens, self.tokens = tuple(self.tokens), []
-        if not tokens and self.error is not None:
-            raise self.error
-        text = ""
-        if self.text:
-            # A token that ends the sequence says so and nothing else.
-            stopped = self.sequence.finish_reason is FinishReason.STOP
-            shown = tokens[:-1] if stopped else tokens
-            text = "".join(self.text.feed(token) for token in shown)
-        if self.error is not None:
-            self.ready.set()
-        return Output(text, tokens, self.sequence.finish_reason)
+    def first_token(self, seconds: float) -> None:
+        """A request's first token came, so long after the request."""
+
+    def next_token(self, seconds: float) -> None:
+        """Another token of a continuation came, so long after the one before it."""
+
+    def ended(self, record: RequestRecord) -> None:
+        """A request ended, whichever way."""
+
+    def rejected(self, request: Request, error: ServiceError) -> None:
+        """A request was refused before it began."""
+
+
+class NoObserver:
+    """Nobody listens."""
+
+    def step(self, num_tokens: int) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def next_token(self, seconds: float) -> None: ...
+    def ended(self, record: RequestRecord) -> None: ...
+    def rejected(self, request: Request, error: ServiceError) -> None: ...
 
 
 class Engine:
@@ -115,16 +75,20 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         run_ahead: int = 2,
+        max_waiting: int = 1024,
+        observer: Observer | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.limits = limits
+        self.max_waiting = max_waiting
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._steps = steps
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
+        self._observer = observer or NoObserver()
         self._in_flight: deque[Step] = deque()
-        self._streams: dict[int, _Stream] = {}
+        self._choices: dict[int, tuple[Choice, Stream]] = {}  # by sequence id
         self._ids = itertools.count(1)
         self._work = asyncio.Event()
         self._error: ServiceError | None = None
@@ -138,6 +102,7 @@ class Engine:
                     step := self.scheduler.schedule()
                 ):
                     self._in_flight.append(step)
+                    self._note_sent(step)
                     await self._steps.send(step)
                 if self._in_flight:
                     self._apply(self._in_flight.popleft(), await self._steps.receive())
@@ -151,81 +116,144 @@ class Engine:
             raise
         finally:
             self._error = error
-            for stream in list(self._streams.values()):
+            for _, stream in self._choices.values():
                 stream.error = error
                 stream.ready.set()
 
-    def _apply(self, step: Step, tokens: dict[int, int]) -> None:
+    def _note_sent(self, step: Step) -> None:
+        self._observer.step(sum([chunk.num_tokens for chunk in step.chunks]))
+        for new in step.new_sequences:
+            _, stream = self._choices[new.sequence.sequence_id]
+            if math.isnan(stream.record.scheduled):
+                stream.record.scheduled = time.monotonic()
+                stream.record.num_cached_tokens = new.sequence.num_prefix_hits
+
+    def _apply(self, step: Step, output: StepOutput) -> None:
+        """Hands tokens and log-probabilities to the streams, and ends the sequences that are done."""
+        now = time.monotonic()
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for item in output.logprobs:
+            choice, stream = self._choices.get(item.sequence_id, (None, None))
+            if choice is None or stream is None:
+                continue
+            of_prompt = max(0, len(choice.sequence.prompt) - item.start)
+            if of_prompt:
+                stream.take_prompt_logprobs(item.start, item.tokens[:of_prompt])
+            if len(item.tokens) > of_prompt:
+                logprobs[item.sequence_id] = item.tokens[of_prompt:]
         for chunk in step.chunks:
+            if not chunk.samples:
+                continue
             sequence = chunk.sequence
-            stream = self._streams.get(sequence.sequence_id)
-            if not chunk.samples or stream is None or sequence.finish_reason is not None:
-                continue  # a chunk of a prompt, or a token of a sequence that has ended meanwhile
-            token = tokens[sequence.sequence_id]
+            choice, stream = self._choices.get(sequence.sequence_id, (None, None))
+            if choice is None or stream is None or sequence.finish_reason is not None:
+                continue  # a token of a sequence that has ended meanwhile
+            token = output.tokens[sequence.sequence_id]
             sequence.append(token)
-            self.num_generated_tokens += 1
-            stream.tokens.append(token)
+            choice.take(token, logprobs.get(sequence.sequence_id, ()))
             stream.ready.set()
+            self._note_token(choice, stream.record, now)
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
 
-    def check(self, prompt: SequenceOf[int], max_tokens: int | None) -> int:
-        """The number of tokens to generate; InvalidArgument where the request can't be served."""
-        limits = self.limits
-        if not prompt:
-            raise InvalidArgument("prompt", "", "is empty")
-        for token in prompt:
-            if not 0 <= token < limits.vocab_size:
-                raise InvalidArgument(
-                    "prompt.token_ids", token, f"the vocabulary has {limits.vocab_size} ids"
-                )
-        room = limits.context_length - len(prompt)
-        if room < 1:
-            raise InvalidArgument(
-                "prompt",
-                f"{len(prompt)} tokens",
-                f"the context holds {limits.context_length} with at least one new token",
+    def _note_token(self, choice: Choice, record: RequestRecord, now: float) -> None:
+        if not record.max_tokens:
+            return  # it looked at its prompt only
+        self.num_generated_tokens += 1
+        record.num_generated_tokens += 1
+        record.last_token = now
+        if choice.last_token_at is not None:
+            self._observer.next_token(now - choice.last_token_at)
+        elif math.isnan(record.first_token):
+            record.first_token = now
+            self._observer.first_token(now - record.arrived)
+        choice.last_token_at = now
+
+    def check(self, request: Request) -> int:
+        """The number of tokens to generate.
+
+        InvalidArgument where the request can't be served, ResourceExhausted where too many wait,
+        Unavailable when a step has failed.
+        """
+        try:
+            return self._check(request)
+        except ServiceError as error:
+            self._observer.rejected(request, error)
+            raise
+
+    def _check(self, request: Request) -> int:
+        max_tokens = request.check(self.limits)
+        if request.stop and self._tokenizer is None:
+            raise FailedPrecondition(
+                "stop: the model has no tokenizer and so no text", reason="NO_TOKENIZER"
             )
-        if max_tokens is None:
-            return room
-        if not 1 <= max_tokens <= room:
-            raise InvalidArgument(
-                "max_tokens",
-                max_tokens,
-                f"is not in [1, {room}]: the context holds {limits.context_length} tokens, the "
-                f"prompt has {len(prompt)}",
+        if self._error is not None:
+            raise self._error
+        waiting = len(self.scheduler.waiting)
+        if waiting + request.n > self.max_waiting:
+            raise ResourceExhausted(
+                f"{waiting} continuations of at most {self.max_waiting} wait already",
+                reason="QUEUE_FULL",
+                retry_after_s=QUEUE_RETRY_S,
             )
         return max_tokens
 
-    async def generate(
-        self, prompt: SequenceOf[int], sampling: SamplingRequest, max_tokens: int | None
-    ) -> AsyncGenerator[Output, None]:
-        """Continues `prompt`. Leaving the iteration ends the request and frees its blocks at once.
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Continues the prompt. Leaving the iteration ends the request and frees its blocks at once.
 
-        InvalidArgument where the request can't be served; Unavailable when a step fails.
+        Raises as `check` does, before anything comes; Unavailable when a step fails.
         """
-        max_tokens = self.check(prompt, max_tokens)
-        if self._error is not None:
-            raise self._error
-        sequence = Sequence(
-            sequence_id=next(self._ids),
-            prompt=tuple(prompt),
-            sampling=sampling.resolve(),
-            max_tokens=max_tokens,
-            stop_token_ids=frozenset(self.limits.eos_token_ids),
+        max_tokens = self.check(request)
+        stream = Stream(
+            RequestRecord(
+                request_id=request.request_id,
+                trace=request.trace,
+                num_prompt_tokens=len(request.prompt),
+                n=request.n,
+                max_tokens=max_tokens,
+                arrived=time.monotonic(),
+            )
         )
-        stream = _Stream(sequence, self._tokenizer.stream(prompt) if self._tokenizer else None)
-        self._streams[sequence.sequence_id] = stream
-        self.scheduler.add(sequence)
-        self.num_prompt_tokens += len(prompt)
+        for index, sampling in enumerate(request.samplings(self.limits)):
+            sequence = Sequence(
+                sequence_id=next(self._ids),
+                prompt=request.prompt,
+                sampling=sampling,
+                max_tokens=max(1, max_tokens),
+                stop_token_ids=request.stop_ids(self.limits) if max_tokens else frozenset(),
+                min_tokens=request.min_tokens,
+                priority=request.priority,
+            )
+            text = None
+            if self._tokenizer is not None:
+                text = self._tokenizer.stream(
+                    request.prompt, show_special_tokens=request.show_special_tokens
+                )
+            choice = Choice(index, sequence, text, request)
+            stream.choices.append(choice)
+            self._choices[sequence.sequence_id] = choice, stream
+            self.scheduler.add(sequence)
+        self.num_prompt_tokens += len(request.prompt)
         self._work.set()
         try:
-            while True:
-                output = await stream.read()
-                yield output
-                if output.finish_reason is not None:
-                    return
+            unfinished = request.n
+            while unfinished:
+                for output in await stream.read():
+                    if output.finish_reason is not None:
+                        unfinished -= 1
+                        if not unfinished:
+                            stream.record.outcome = output.finish_reason.value
+                            output = replace(output, usage=stream.record.usage)
+                    yield output
+        except Exception as error:
+            stream.record.outcome = "error"
+            stream.record.error = str(error)
+            stream.record.error_type = getattr(error, "reason", type(error).__name__)
+            raise
         finally:
-            del self._streams[sequence.sequence_id]
-            if sequence.finish_reason is None:
-                self.scheduler.remove(sequence)
+            for choice in stream.choices:
+                del self._choices[choice.sequence.sequence_id]
+                if choice.sequence.finish_reason is None:
+                    self.scheduler.remove(choice.sequence)
+            stream.record.ended = time.monotonic()
+            self._observer.ended(stream.record)

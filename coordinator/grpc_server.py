@@ -1,5 +1,6 @@
 """`InferenceService` and `ControlService`: thin edges over the cluster and its engine."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 
@@ -16,6 +17,7 @@ from colrow.v1 import (
 from coordinator import convert, run_layer
 from coordinator.cluster import Cluster, parse_config
 from coordinator.families import model_spec
+from coordinator.request import Request
 from coordinator.shard_plan import make_plan
 
 _inference_pb = inference_service_pb2
@@ -27,6 +29,12 @@ SERVICES = (
 )
 
 MAX_PLANNED_TP_SIZE = 1024
+TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
+
+
+def _trace(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    metadata = dict(context.invocation_metadata() or ())
+    return {name: str(metadata[name]) for name in TRACE_HEADERS if name in metadata}
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
@@ -47,24 +55,41 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[_inference_pb.GenerateResponse]:
         self._check_model(request.model)
         engine = self._cluster.engine
-        prompt = convert.prompt(request, self._cluster.model.tokenizer)
         request_id = request.request_id or uuid.uuid4().hex
-        max_tokens = request.max_tokens if request.HasField("max_tokens") else None
-        outputs = engine.generate(prompt, convert.sampling(request.sampling), max_tokens)
-        completion_tokens = 0
+        outputs = engine.generate(
+            convert.generate_request(
+                request, request_id, self._cluster.model.tokenizer, _trace(context)
+            )
+        )
         try:
             async for output in outputs:
-                completion_tokens += len(output.token_ids)
-                yield convert.generate_response(
-                    request_id, output, (len(prompt), completion_tokens)
-                )
+                yield convert.generate_response(request_id, output)
         finally:
             await outputs.aclose()
 
     async def Score(
         self, request: _inference_pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.ScoreResponse:
-        raise Unimplemented("Score is not there yet")
+        self._check_model(request.model)
+        engine = self._cluster.engine
+        requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
+        for one in requests:
+            engine.check(one)
+        # Not all at once: a batch should not fill the queue and turn others away.
+        turns = asyncio.Semaphore(self._cluster.config.max_running)
+
+        async def score(one: Request) -> _inference_pb.TokenScores:
+            async with turns:
+                async for output in engine.generate(one):
+                    return convert.token_scores(output.prompt_logprobs)
+            raise AssertionError("a request ends with an output")
+
+        tasks = [asyncio.create_task(score(one)) for one in requests]
+        try:
+            return _inference_pb.ScoreResponse(sequences=await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def Tokenize(
         self, request: _inference_pb.TokenizeRequest, context: grpc.aio.ServicerContext

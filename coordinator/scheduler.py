@@ -1,23 +1,29 @@
 """Continuous batching (Yu et al., Orca, 2022): which tokens each step computes. Pure, no I/O.
 
-A step takes tokens from running sequences first, then admits waiting ones, up to a budget of tokens;
-a long prompt is computed in chunks. When blocks run out, the youngest running sequence gives its own
-up and is computed anew later.
+Every running sequence that decodes gets its token in every step. What is left of the step's budget of
+tokens goes to prompts, in chunks, in the order of `Sequence.rank`: so a stream of long prompts holds up
+neither those that decode nor those that came before it. When blocks run out, the last running
+sequence in that order gives its own up and is computed anew later.
 
 Steps run in order on the workers, so a block may be given to another sequence while a sent step still
-writes to it for the last one: the new owner writes each slot before it reads it.
+writes to it for the last one: the new owner writes each slot before it reads it. For the same reason a
+block may be found in the prefix cache as soon as the step that fills it is made.
 """
 
-from collections import deque
+import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coordinator.block_manager import BlockManager
-from coordinator.sequence import Sequence
+from coordinator.sequence import Sequence, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` of a sequence; `samples` when they reach the end of what is known."""
+class Chunk(NamedTuple):
+    """The next `num_tokens` of a sequence; `samples` when they reach the end of what is known.
+
+    A tuple, since one is made for every running sequence in every step.
+    """
 
     sequence: Sequence
     num_tokens: int
@@ -27,10 +33,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that the workers are told of, with the tokens it had at that time."""
+    """A sequence that the workers are told of, with the tokens it has by now.
+
+    `cached_block_ids` are full blocks of the cache that hold its first tokens already.
+    """
 
     sequence: Sequence
     token_ids: tuple[int, ...]
+    cached_block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,89 +53,167 @@ class Step:
     chunks: tuple[Chunk, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceLogprobs:
+    """Of consecutive tokens of one sequence; `start` is the position of the first, prompt included."""
+
+    sequence_id: int
+    start: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step sampled, by sequence id, and the log-probabilities that were asked for."""
+
+    tokens: Mapping[int, int]
+    logprobs: tuple[SequenceLogprobs, ...] = ()
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
 class Scheduler:
-    """Holds the waiting and running sequences and makes steps of them."""
+    """Holds the waiting and running sequences, both in the order of rank, and makes steps of them."""
 
     def __init__(self, blocks: BlockManager, *, max_batched_tokens: int, max_running: int) -> None:
+        assert max_running <= max_batched_tokens, "not every running sequence would get its token"
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.max_running = max_running
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
         self._to_forget: list[int] = []
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence, finished or not, and frees its blocks."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        for queue in (self.running, self.waiting):
+            place = bisect.bisect_left(queue, sequence.rank, key=_rank)
+            if place < len(queue) and queue[place] is sequence:
+                del queue[place]
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.block_ids)
+        # What it had computed may be the beginning of another one, or of itself, later on.
+        self.blocks.cache(sequence.table, sequence.known_tokens, sequence.num_scheduled)
+        self.blocks.release(sequence.table)
         if sequence.is_known_to_workers:
             self._to_forget.append(sequence.sequence_id)
             sequence.is_known_to_workers = False
 
     def schedule(self) -> Step | None:
         """The next step, or None when no sequence can use one now."""
-        budget = self.max_batched_tokens
-        chunks: list[Chunk] = []
+        preemptions = self.num_preemptions
+        chunks, budget = self._continue_running()
         new: list[NewSequence] = []
-        for sequence in list(self.running):
-            # An earlier one may have preempted it within this very step.
-            if budget and sequence in self.running and sequence.wants_step:
-                chunk = self._chunk(sequence, budget)
-                if chunk is not None:
-                    chunks.append(chunk)
-                    budget -= chunk.num_tokens
-        while budget and self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            if not sequence.wants_step:
-                break
-            num_tokens = min(sequence.num_unscheduled, budget)
-            blocks = self.blocks.grow(sequence.block_ids, num_tokens)
-            if blocks is None:
-                break
-            self.running.append(self.waiting.popleft())
-            sequence.is_known_to_workers = True
-            new.append(NewSequence(sequence, (*sequence.prompt, *sequence.output)))
-            chunks.append(self._take(sequence, num_tokens, blocks))
-            budget -= num_tokens
+        # Where one had just to give way, another would have to do so soon.
+        if preemptions == self.num_preemptions:
+            while budget and self.waiting and len(self.running) < self.max_running:
+                sequence = self.waiting[0]
+                admitted = self._admit(sequence)
+                if admitted is None:
+                    break
+                new.append(admitted)
+                num_tokens = min(sequence.num_unscheduled, budget)
+                new_blocks = sequence.table.block_ids[len(admitted.cached_block_ids) :]
+                chunks.append(self._take(sequence, num_tokens, new_blocks))
+                budget -= num_tokens
         if not chunks:
             return None
         self.num_steps += 1
         finished, self._to_forget = tuple(self._to_forget), []
         return Step(self.num_steps, finished, tuple(new), tuple(chunks))
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        """The next chunk of a running sequence; None when it had to give way itself."""
-        num_tokens = min(sequence.num_unscheduled, budget)
+    def _continue_running(self) -> tuple[list[Chunk], int]:
+        """Chunks of the running sequences, and how many tokens the step has left."""
+        chunks: list[Chunk] = []
+        budget = self.max_batched_tokens
+        reserved = sum([s.num_tokens - s.num_scheduled == 1 for s in self.running])
+        block_size = self.blocks.block_size
+        place = 0
+        # By place: sequences that give way go from the end, where none has a chunk yet.
+        while place < len(self.running):
+            sequence = self.running[place]
+            place += 1
+            num_tokens = sequence.num_tokens - sequence.num_scheduled
+            decodes = num_tokens == 1
+            if decodes:
+                reserved -= 1
+            else:
+                num_tokens = min(num_tokens, budget - reserved)
+            if not num_tokens or sequence.num_tokens >= sequence.max_num_tokens:
+                continue
+            budget -= num_tokens
+            stop = sequence.num_scheduled + num_tokens
+            if decodes and stop <= len(sequence.table.block_ids) * block_size:
+                # What `_take` does, for the many that decode: their blocks are cached when the next
+                # one is needed.
+                sequence.num_scheduled = stop
+                sequence.num_tokens += 1
+                chunks.append(Chunk(sequence, 1, (), True))
+                continue
+            new_blocks = self._grow(sequence, stop)
+            if new_blocks is None:
+                break
+            chunks.append(self._take(sequence, num_tokens, new_blocks))
+        return chunks, budget
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> list[int] | None:
+        """New blocks of a running sequence; None when it had to give way itself."""
         while True:
-            blocks = self.blocks.grow(sequence.block_ids, sequence.num_scheduled + num_tokens)
+            blocks = self.blocks.grow(sequence.table, num_tokens)
             if blocks is not None:
-                return self._take(sequence, num_tokens, blocks)
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+                return blocks
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return None
 
+    def _admit(self, sequence: Sequence) -> NewSequence | None:
+        """Moves the first waiting sequence to the running ones, if there are blocks for all of it."""
+        if not sequence.wants_step:
+            return None
+        table, tokens = sequence.table, sequence.known_tokens
+        hits = 0
+        # What is not computed has no logits, so one that wants them for its prompt takes nothing over.
+        if sequence.sampling.prompt_logprobs is None:
+            hits = self.blocks.attach(table, tokens)
+        cached = tuple(table.block_ids)
+        if self.blocks.grow(table, len(tokens)) is None:
+            self.blocks.release(table)
+            return None
+        del self.waiting[0]
+        bisect.insort(self.running, sequence, key=_rank)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_prefix_hits = hits
+            self.num_prefix_queries += len(tokens)
+            self.num_prefix_hits += hits
+        sequence.num_scheduled = hits
+        sequence.is_known_to_workers = True
+        return NewSequence(sequence, tokens, cached)
+
     def _take(self, sequence: Sequence, num_tokens: int, new_block_ids: list[int]) -> Chunk:
-        samples = num_tokens == sequence.num_unscheduled
+        """The chunk of so many more tokens; what it fills can be found by others from now on."""
         sequence.num_scheduled += num_tokens
-        sequence.num_pending += samples
+        samples = sequence.num_scheduled == sequence.num_tokens
+        if samples:
+            sequence.num_tokens += 1
+        self.blocks.cache(sequence.table, sequence.known_tokens, sequence.num_scheduled)
         return Chunk(sequence, num_tokens, tuple(new_block_ids), samples)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the front of the queue, to be computed anew from its tokens."""
+        """Back to the queue, to be computed anew from its tokens."""
         self.running.remove(sequence)
         self._forget(sequence)
         sequence.num_scheduled = 0
-        self.waiting.appendleft(sequence)
+        bisect.insort(self.waiting, sequence, key=_rank)
         self.num_preemptions += 1

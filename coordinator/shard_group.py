@@ -6,7 +6,7 @@ raised with its rank and address in it.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -15,7 +15,7 @@ import numpy as np
 
 from colrow import __version__
 from colrow.errors import DeadlineExceeded, FailedPrecondition, Internal, ServiceError
-from coordinator.scheduler import Step
+from coordinator.scheduler import Step, StepOutput
 from coordinator.shard_plan import ShardPlan
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,10 @@ JOIN_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class OpStats:
-    """Calls of one collective and the bytes that a rank put into them."""
+    """Calls of one collective by one part of the model, and the bytes that a rank put into them."""
 
     operation: str
+    module: str
     calls: int
     payload_bytes: int
 
@@ -66,6 +67,15 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class StepAnswer:
+    """One worker's answer to a step, and how long it took."""
+
+    step_id: int
+    output: StepOutput
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class Partial:
     """One rank's partial output of a module; `columns` [start, stop) for "concat"."""
 
@@ -84,6 +94,8 @@ class WorkerStatus:
     description: WorkerDescription | None = None
     progress: LoadProgress = LoadProgress(0, 0)
     last_step_id: int = 0
+    busy_us: int = 0
+    """How long it has executed steps."""
 
 
 class Worker(Protocol):
@@ -118,7 +130,7 @@ class Worker(Protocol):
     async def abort(self, *, epoch: int, timeout_s: float) -> None: ...
     def open_steps(self, epoch: int) -> None: ...
     async def send(self, step: Step) -> None: ...
-    async def receive(self) -> tuple[int, Mapping[int, int]]: ...
+    async def receive(self) -> StepAnswer: ...
     async def close(self) -> None: ...
 
 
@@ -274,16 +286,19 @@ class ShardGroup:
         """Hands a step to every worker without waiting for its result."""
         await self._all(lambda rank, worker: worker.send(step))
 
-    async def receive(self) -> dict[int, int]:
-        """The tokens of the oldest step that was not received, by sequence id.
+    async def receive(self) -> StepOutput:
+        """What the oldest step gave that was not received.
 
-        All ranks must have sampled the same ones. DeadlineExceeded names the ranks that lag.
+        All ranks must have sampled the same tokens; rank 0 alone sends log-probabilities.
+        DeadlineExceeded names the ranks that lag.
         """
 
-        async def one(rank: int, worker: Worker) -> Mapping[int, int]:
-            step_id, tokens = await worker.receive()
-            self.statuses[rank].last_step_id = step_id
-            return tokens
+        async def one(rank: int, worker: Worker) -> StepOutput:
+            answer = await worker.receive()
+            status = self.statuses[rank]
+            status.last_step_id = answer.step_id
+            status.busy_us += answer.duration_us
+            return answer.output
 
         try:
             async with asyncio.timeout(self._step_timeout_s):
@@ -296,13 +311,15 @@ class ShardGroup:
                 f"{self._step_timeout_s:g} s",
                 reason="STEP_TIMEOUT",
             ) from error
-        for rank, tokens in enumerate(results):
-            if tokens != results[0]:
+        first = results[0]
+        for rank, output in enumerate(results):
+            if output.tokens != first.tokens:
                 raise Internal(
-                    f"worker {rank} sampled {tokens}, worker 0 {results[0]}: the ranks disagree",
+                    f"worker {rank} sampled {output.tokens}, worker 0 {first.tokens}: the ranks "
+                    "disagree",
                     reason="RANKS_DISAGREE",
                 )
-        return dict(results[0])
+        return first
 
     async def compute_partial(self, module: str, activation: np.ndarray) -> list[Partial]:
         """Every rank's partial output of one module."""

@@ -1,8 +1,9 @@
 """Text to token ids and back, with the tokenizer and the chat template that the model came with."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,52 @@ import jinja2.parser
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from colrow.errors import InvalidArgument
+
 TOKENIZER_FILE = "tokenizer.json"
 
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character
 LOOK_BACK = 8  # tokens of a prompt that the text after it may depend on
 
+# What every template is given; a caller may not put something else in its place.
+TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+_SPACE = "\u2581"  # SentencePiece's sign for a space
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+_END_MARK = "COLROW_END_OF_FINAL_MESSAGE "  # trimmed of its space by templates that trim contents
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """`name` tells participants of one role apart, for templates that know it."""
+
     role: str
     content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is written.
+
+    `continue_final_message` leaves the last message open, for the model to go on with it; it takes the
+    place of `add_generation_prompt`. `variables` are further ones of the template.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in TEMPLATE_NAMES & self.variables.keys():
+            raise InvalidArgument(
+                f"chat_template_kwargs.{name}", self.variables[name], "is not for the caller to set"
+            )
+
+
+ASK = ChatOptions()
+"""The assistant is to answer."""
 
 
 class Tokenizer:
@@ -37,6 +74,11 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._special = special
+        self._added = {
+            token_id: token.content
+            for token_id, token in backend.get_added_tokens_decoder().items()
+        }
+        self._decoders = _decoders(backend)
         try:
             self._template = _environment().from_string(template) if template else None
         except jinja2.TemplateSyntaxError as error:
@@ -79,35 +121,80 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with what the tokenizer puts around one (a leading BOS, say)."""
-        return self._backend.encode(text).ids
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(self, messages: Iterable[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Iterable[ChatMessage], options: ChatOptions = ASK) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
-        return self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        text = self.render_chat(messages, options)
+        return self.encode(text, add_special_tokens=options.add_special_tokens)
 
-    def render_chat(self, messages: Iterable[ChatMessage]) -> str:
+    def render_chat(self, messages: Iterable[ChatMessage], options: ChatOptions = ASK) -> str:
         """The conversation as the model's template writes it. ValueError where there is none."""
         if self._template is None:
             raise ValueError("chat: the model has no chat template; send text or token ids")
+        chat = [
+            {"role": m.role, "content": m.content} | ({} if m.name is None else {"name": m.name})
+            for m in messages
+        ]
+        if options.continue_final_message:
+            if not chat:
+                raise ValueError("chat: there is no final message to continue")
+            chat[-1]["content"] += _END_MARK
+        variables = {
+            **self._special,
+            **options.variables,
+            "messages": chat,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": options.add_generation_prompt
+            and not options.continue_final_message,
+        }
         try:
-            return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special,
-            )
+            text = self._template.render(variables)
         except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"chat: the model's template refuses it: {error}") from error
+        return _before_mark(text) if options.continue_final_message else text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def stream(self, prompt: Sequence[int] = ()) -> "TextStream":
+    def token_piece(self, token_id: int) -> str:
+        """The vocabulary's own name of a token; empty for an id that it does not have."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself, whole characters or not; special ones as written."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece = self.token_piece(token_id)
+        if "ByteLevel" in self._decoders:
+            # A letter that stands for no byte is of a token that was added by hand.
+            return b"".join(
+                bytes([_BYTE_LETTERS[letter]]) if letter in _BYTE_LETTERS else letter.encode()
+                for letter in piece
+            )
+        if "ByteFallback" in self._decoders and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        if _SPACE in piece and not self._decoders.isdisjoint({"Replace", "Metaspace"}):
+            # Decoded alone it would lose its space, as the one that begins a text does.
+            return piece.replace(_SPACE, " ").encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def token_text(self, token_id: int) -> str:
+        """A token as text; `bytes:\\xe6\\x97` where it is none without those around it."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def stream(
+        self, prompt: Sequence[int] = (), *, show_special_tokens: bool = False
+    ) -> "TextStream":
         """The text that continues `prompt`."""
-        return TextStream(self._backend, prompt)
+        return TextStream(self._backend, prompt, show_special_tokens)
 
 
 class TextStream:
@@ -119,8 +206,11 @@ class TextStream:
     bytes follow that are none.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, prompt: Sequence[int], show_special_tokens: bool
+    ) -> None:
         self._backend = backend
+        self._skip_special_tokens = not show_special_tokens
         self._context_ids: list[int] = []  # all of their text is sent
         self._context = ""
         self._held_ids: list[int] = []
@@ -144,7 +234,38 @@ class TextStream:
         return new
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._backend.decode(token_ids, skip_special_tokens=True)
+        return self._backend.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that GPT-2 writes bytes with: printable ones for themselves, others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_LETTERS = _byte_letters()
+
+
+def _decoders(backend: tokenizers.Tokenizer) -> frozenset[str]:
+    """The kinds of decoders that a tokenizer turns its tokens to text with."""
+    if backend.decoder is None:
+        return frozenset()
+    # The library tells what a decoder consists of in its saved form only.
+    state = json.loads(backend.decoder.__getstate__())
+    return frozenset(part["type"] for part in (state, *state.get("decoders", ())))
+
+
+def _before_mark(text: str) -> str:
+    """The conversation up to the end of the final message."""
+    place = text.rfind(_END_MARK.rstrip())
+    if place < 0:
+        raise ValueError("chat: the model's template does not show the final message to continue")
+    # Where the template trims contents, the space before the mark was at an end as well.
+    is_kept = text.startswith(_END_MARK, place)
+    return text[:place] if is_kept else text[:place].rstrip()
 
 
 def _content(token: Any) -> str:

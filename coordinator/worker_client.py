@@ -13,7 +13,7 @@ from colrow.rpc import CHANNEL_OPTIONS, error_of
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
-from coordinator.shard_group import LoadProgress, Partial, WorkerDescription
+from coordinator.shard_group import LoadProgress, Partial, StepAnswer, WorkerDescription
 from coordinator.shard_plan import ShardPlan
 
 _pb = shard_worker_service_pb2
@@ -125,15 +125,15 @@ class WorkerClient:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise await self._stream_error() from error
 
-    async def receive(self) -> tuple[int, dict[int, int]]:
-        """The next step's id and the tokens that it sampled, by sequence id."""
+    async def receive(self) -> StepAnswer:
+        """The answer to the oldest step that was not received."""
         try:
             response = await self._open_stream().read()
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         if response is grpc.aio.EOF:
             raise await self._stream_error()
-        return response.step_id, dict(zip(response.sequence_ids, response.token_ids, strict=True))
+        return convert.step_answer(response)
 
     def _open_stream(self) -> Any:
         if self._steps is None:

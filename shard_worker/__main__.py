@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from colrow import logs
 from colrow.errors import ServiceError
 from shard_worker import grpc_server
 from shard_worker.config import WorkerConfig, parse
@@ -41,15 +42,11 @@ async def serve(config: WorkerConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure(config.log_level, config.log_format)
     try:
         asyncio.run(serve(config))
     except ServiceError as error:
-        print(f"colrow worker: {error}", file=sys.stderr)
+        logs.complain("colrow worker", error, config.log_format)
         return 1
     return 0
 

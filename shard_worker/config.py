@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from colrow.logs import FORMATS
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -16,6 +18,7 @@ class WorkerConfig:
     device: str
     num_threads: int
     log_level: str
+    log_format: str
     port_file: Path | None = None
 
 
@@ -44,6 +47,9 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="json is one object a line"
+    )
+    parser.add_argument(
         "--port-file", type=Path, help="file to write the port to once it is bound, for --port 0"
     )
     flags = parser.parse_args(arguments)
@@ -58,5 +64,6 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         device=flags.device,
         num_threads=flags.threads,
         log_level=flags.log_level,
+        log_format=flags.log_format,
         port_file=flags.port_file,
     )

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from colrow import __version__
 from colrow.errors import InvalidArgument
-from colrow.v1 import shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
+from colrow.v1 import sampling_pb2, shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
 from shard_worker.executor import Description, Group, LoadRequest, State
-from shard_worker.model_runner import Chunk, NewSequence, Step, StepResult
+from shard_worker.model_runner import Chunk, NewSequence, SequenceLogprobs, Step, StepResult
 from shard_worker.partial import Partial
-from shard_worker.sampler import Sampling
+from shard_worker.sampling import Sampling
 from shard_worker.sharding import Parameter, Section
 
 _pb = shard_worker_service_pb2
@@ -117,18 +117,34 @@ def step(request: _pb.ExecuteStepsRequest) -> Step:
                 sequence_id=new.sequence_id,
                 token_ids=tuple(new.token_ids),
                 num_prompt_tokens=new.num_prompt_tokens,
-                sampling=Sampling(
-                    temperature=new.sampling.temperature,
-                    top_k=new.sampling.top_k,
-                    top_p=new.sampling.top_p,
-                    seed=new.sampling.seed,
-                ),
+                sampling=_sampling(new.sampling),
+                cached_block_ids=tuple(new.cached_block_ids),
             )
             for new in request.new_sequences
         ),
         chunks=tuple(
             Chunk(chunk.sequence_id, chunk.num_tokens, tuple(chunk.new_block_ids))
             for chunk in request.chunks
+        ),
+    )
+
+
+def _sampling(sampling: _pb.StepSampling) -> Sampling:
+    return Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=(
+            sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
         ),
     )
 
@@ -140,6 +156,24 @@ def step_response(epoch: int, result: StepResult) -> _pb.ExecuteStepsResponse:
         sequence_ids=result.sequence_ids,
         token_ids=result.token_ids,
         duration_us=result.duration_us,
+        logprobs=[_sequence_logprobs(sequence) for sequence in result.logprobs],
+    )
+
+
+def _sequence_logprobs(sequence: SequenceLogprobs) -> _pb.SequenceLogprobs:
+    return _pb.SequenceLogprobs(
+        sequence_id=sequence.sequence_id,
+        start=sequence.start,
+        tokens=[
+            sampling_pb2.TokenLogprobs(
+                token_id=token.token_id,
+                logprob=token.logprob,
+                rank=token.rank,
+                top_token_ids=token.top_token_ids,
+                top_logprobs=token.top_logprobs,
+            )
+            for token in sequence.tokens
+        ],
     )
 
 
@@ -175,7 +209,6 @@ def partial_response(partial: Partial, rank: int) -> _pb.ComputePartialResponse:
 
 def description(worker: Description) -> _pb.WorkerDescription:
     group = worker.group
-    stats = worker.communication.snapshot() if worker.communication else {}
     return _pb.WorkerDescription(
         version=__version__,
         host_id=worker.host_id,
@@ -193,8 +226,13 @@ def description(worker: Description) -> _pb.WorkerDescription:
         resident_bytes=worker.resident_bytes,
         file_bytes_read=worker.file_bytes_read,
         communication=[
-            _pb.CommunicationStats(operation=op, calls=s.calls, payload_bytes=s.payload_bytes)
-            for op, s in stats.items()
+            _pb.CommunicationStats(
+                operation=stats.operation,
+                calls=stats.calls,
+                payload_bytes=stats.payload_bytes,
+                module=stats.module,
+            )
+            for stats in worker.communication
         ],
         supported_architectures=sorted(models.FAMILIES),
     )

@@ -31,7 +31,6 @@ from shard_worker import checkpoint, models
 from shard_worker.communicator import (
     CommunicatorAborted,
     CommunicatorError,
-    CommunicatorStats,
     CommunicatorTimeout,
 )
 from shard_worker.communicator.gloo import GlooCommunicator
@@ -42,7 +41,13 @@ from shard_worker.kv_cache import KvCache
 from shard_worker.model_runner import ModelRunner, Step, StepResult
 from shard_worker.partial import Partial, compute_partial
 from shard_worker.sampler import Sampler
-from shard_worker.sharding import Parameter, ShardLayout, ShardTensors, TensorParallel
+from shard_worker.sharding import (
+    OpStats,
+    Parameter,
+    ShardLayout,
+    ShardTensors,
+    TensorParallel,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +104,7 @@ class Description:
     kv_cache_bytes: int
     resident_bytes: int
     file_bytes_read: int
-    communication: CommunicatorStats | None
+    communication: Sequence[OpStats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +177,7 @@ class Executor:
             resident_bytes=psutil.Process().memory_info().rss,
             file_bytes_read=self._file_bytes_read,
             # One rank has nobody to communicate with.
-            communication=self._tp.comm.stats if self._tp and self._tp.size > 1 else None,
+            communication=self._tp.all_stats() if self._tp and self._tp.size > 1 else (),
         )
 
     def create_communicator_id(self, transport: str) -> bytes:
@@ -215,7 +220,7 @@ class Executor:
             comm.close()
             raise Aborted(f"epoch {group.epoch} was aborted while it formed")
         if self._tp and (self._tp.rank, self._tp.size) == (group.rank, group.size):
-            self._tp.comm = comm
+            self._tp.renew(comm)
         else:
             self._tp, self._shard = TensorParallel(group.rank, group.size, comm), None
         self._state = State.JOINED
@@ -291,6 +296,7 @@ class Executor:
         if held and (held.request, held.files) == (request, opened.files):
             return held
         self._shard = None  # its memory is free before the new one is allocated
+        self._tp.forget_stats()
         stored = checkpoint.match_keys(
             layout, opened, request.ignored_keys, request.optional_prefix
         )
@@ -327,7 +333,7 @@ class Executor:
             device=self._device,
         )
         head = shard.model.lm_head
-        sampler = Sampler(tp, head.rank_sizes, head.start)
+        sampler = Sampler(tp, head.rank_sizes, head.start, self._device)
         return ModelRunner(shard.model, sampler, cache, shard.vocab_size)
 
     def execute(self, epoch: int, step: Step) -> "asyncio.Future[StepResult]":

@@ -6,27 +6,39 @@ tokens were read.
 """
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from colrow.errors import InvalidArgument
+from shard_worker.adjustments import Adjustment
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
 from shard_worker.kv_cache import KvCache
+from shard_worker.logprobs import TokenLogprobs
 from shard_worker.models import Model
-from shard_worker.sampler import Draw, Sampler, Sampling
+from shard_worker.sampler import Draw, Sampler
+from shard_worker.sampling import Sampling
+
+# Of a prompt's logits, so that a long one takes no more memory than this: at 128k token ids, 64 MiB.
+_LOGPROB_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that the runner does not know: its prompt, and what it had generated before."""
+    """A sequence that the runner does not know: its prompt, and what it had generated before.
+
+    `cached_block_ids` begin its block table: they are full of its first tokens, computed earlier.
+    """
 
     sequence_id: int
     token_ids: Sequence[int]
     num_prompt_tokens: int
     sampling: Sampling
+    cached_block_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +61,56 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceLogprobs:
+    """Of consecutive tokens of a sequence; `start` is the position of the first, prompt included."""
+
+    sequence_id: int
+    start: int
+    tokens: Sequence[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """The sampled token of each sequence that sampled, in the order of the chunks."""
+    """The sampled token of each sequence that sampled, in the order of the chunks.
+
+    `logprobs` are those that were asked for; rank 0 alone has them. A chunk that ends a prompt may
+    have two entries, of the prompt's tokens and, after it, of the sampled one.
+    """
 
     step_id: int
     sequence_ids: Sequence[int]
     token_ids: Sequence[int]
     duration_us: int
+    logprobs: Sequence[SequenceLogprobs] = ()
 
 
 @dataclass(slots=True)
 class _Sequence:
+    sequence_id: int
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: Sampling
-    block_ids: list[int]
-    num_computed: int = 0
+    block_ids: "array[int]"
+    num_computed: int
+    adjustment: Adjustment | None
+
+
+@dataclass(slots=True)
+class _Span:
+    """The tokens [start, stop) of a sequence, in the batch from row `at` on."""
+
+    sequence: _Sequence
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def last_row(self) -> int:
+        return self.at + self.stop - self.start - 1
 
 
 class ModelRunner:
@@ -81,148 +127,239 @@ class ModelRunner:
     def execute(self, step: Step) -> StepResult:
         """Runs one step. InvalidArgument, before anything runs, when it does not fit the sequences."""
         began = time.perf_counter_ns()
+        self._check(step)
         self._admit(step)
-        # Decoding sequences stand last: their attention is one operation.
-        chunks = sorted(step.chunks, key=self._is_decode)
-        sampling = [chunk for chunk in chunks if self._reaches_end(chunk)]
-        tokens: list[int] = []
-        if chunks:
-            hidden = self.model(self._batch(chunks))
-            if sampling:
-                rows = self._last_rows(chunks)
-                logits = self.model.lm_head(hidden[rows])
-                tokens = self.sampler(logits, [self._draw(chunk) for chunk in sampling])
-        for chunk in chunks:
-            self._sequences[chunk.sequence_id].num_computed += chunk.num_tokens
-        sampled = {chunk.sequence_id: token for chunk, token in zip(sampling, tokens, strict=True)}
-        for sequence_id, token in sampled.items():
-            self._sequences[sequence_id].token_ids.append(token)
+        prefills, decodes = self._spans(step.chunks)
+        logprobs: list[SequenceLogprobs] = []
+        sampled: dict[int, int] = {}
+        if spans := prefills + decodes:
+            hidden = self.model(self._batch(prefills, decodes))
+            logprobs += self._prompt_logprobs(spans, hidden)
+            if sampling := [span for span in spans if span.samples]:
+                tokens, own = self._sample(sampling, hidden)
+                logprobs += own
+                for span, token in zip(sampling, tokens, strict=True):
+                    sampled[span.sequence.sequence_id] = token
+                    span.sequence.token_ids.append(token)
+                    if span.sequence.adjustment is not None:
+                        span.sequence.adjustment.append(token)
+            for span in spans:
+                span.sequence.num_computed = span.stop
         ordered = [c.sequence_id for c in step.chunks if c.sequence_id in sampled]
         return StepResult(
             step_id=step.step_id,
             sequence_ids=ordered,
             token_ids=[sampled[sequence_id] for sequence_id in ordered],
             duration_us=(time.perf_counter_ns() - began) // 1000,
+            logprobs=logprobs,
         )
 
-    def _admit(self, step: Step) -> None:
-        """Checks the step and takes over what it changes."""
-        known = self._sequences.keys() - set(step.finished)
+    def _check(self, step: Step) -> None:
+        """InvalidArgument when the step does not fit the sequences."""
+        sequences, size = self._sequences, self.kv_cache.block_size
+        finished = set(step.finished)
         fresh: dict[int, NewSequence] = {}
         for new in step.new_sequences:
-            field = f"new_sequences[{new.sequence_id}]"
-            if new.sequence_id in known or new.sequence_id in fresh:
-                raise InvalidArgument(field, new.sequence_id, "is known already")
-            if not 0 < new.num_prompt_tokens <= len(new.token_ids):
-                raise InvalidArgument(
-                    f"{field}.num_prompt_tokens",
-                    new.num_prompt_tokens,
-                    f"there are {len(new.token_ids)} tokens",
-                )
-            for token in new.token_ids:
-                if not 0 <= token < self.vocab_size:
-                    raise InvalidArgument(
-                        f"{field}.token_ids", token, f"the vocabulary has {self.vocab_size} ids"
-                    )
-            fresh[new.sequence_id] = new
+            id = new.sequence_id
+            if id in fresh or (id in sequences and id not in finished):
+                raise InvalidArgument(f"new_sequences[{id}]", id, "is known already")
+            self._check_new(new)
+            fresh[id] = new
         seen = set()
         for chunk in step.chunks:
-            field = f"chunks[{chunk.sequence_id}]"
-            if chunk.sequence_id in seen:
-                raise InvalidArgument(field, chunk.sequence_id, "has two chunks in one step")
-            seen.add(chunk.sequence_id)
-            if chunk.sequence_id in fresh:
-                num_tokens, computed, blocks = len(fresh[chunk.sequence_id].token_ids), 0, 0
-            elif chunk.sequence_id in known:
-                state = self._sequences[chunk.sequence_id]
+            id = chunk.sequence_id
+            if id in seen:
+                raise InvalidArgument(f"chunks[{id}]", id, "has two chunks in one step")
+            seen.add(id)
+            if id in fresh:
+                num_tokens, blocks = len(fresh[id].token_ids), len(fresh[id].cached_block_ids)
+                computed = blocks * size
+            elif id in sequences and id not in finished:
+                state = sequences[id]
                 num_tokens, computed = len(state.token_ids), state.num_computed
                 blocks = len(state.block_ids)
             else:
-                raise InvalidArgument(field, chunk.sequence_id, "is not known")
+                raise InvalidArgument(f"chunks[{id}]", id, "is not known")
             if not 0 < chunk.num_tokens <= num_tokens - computed:
                 raise InvalidArgument(
-                    f"{field}.num_tokens",
+                    f"chunks[{id}].num_tokens",
                     chunk.num_tokens,
                     f"{num_tokens - computed} tokens are left to compute",
                 )
-            room = (blocks + len(chunk.new_block_ids)) * self.kv_cache.block_size
-            if computed + chunk.num_tokens > room:
+            if computed + chunk.num_tokens > (blocks + len(chunk.new_block_ids)) * size:
                 raise InvalidArgument(
-                    f"{field}.new_block_ids",
+                    f"chunks[{id}].new_block_ids",
                     list(chunk.new_block_ids),
                     f"{computed + chunk.num_tokens} tokens need more blocks",
                 )
-            for block in chunk.new_block_ids:
-                if not 0 <= block < self.kv_cache.num_blocks:
-                    raise InvalidArgument(
-                        f"{field}.new_block_ids",
-                        block,
-                        f"the cache has {self.kv_cache.num_blocks} blocks",
-                    )
+            if chunk.new_block_ids:
+                self._check_blocks(f"chunks[{id}].new_block_ids", chunk.new_block_ids)
+
+    def _check_new(self, new: NewSequence) -> None:
+        field = f"new_sequences[{new.sequence_id}]"
+        if not 0 < new.num_prompt_tokens <= len(new.token_ids):
+            raise InvalidArgument(
+                f"{field}.num_prompt_tokens",
+                new.num_prompt_tokens,
+                f"there are {len(new.token_ids)} tokens",
+            )
+        for token in (min(new.token_ids), max(new.token_ids)):
+            if not 0 <= token < self.vocab_size:
+                raise InvalidArgument(
+                    f"{field}.token_ids", token, f"the vocabulary has {self.vocab_size} ids"
+                )
+        new.sampling.check(f"{field}.sampling", self.vocab_size)
+        if len(new.cached_block_ids) * self.kv_cache.block_size >= len(new.token_ids):
+            raise InvalidArgument(
+                f"{field}.cached_block_ids",
+                list(new.cached_block_ids),
+                f"of {len(new.token_ids)} tokens at least one is to be computed",
+            )
+        self._check_blocks(f"{field}.cached_block_ids", new.cached_block_ids)
+
+    def _check_blocks(self, field: str, block_ids: Sequence[int]) -> None:
+        for block in block_ids:
+            if not 0 <= block < self.kv_cache.num_blocks:
+                raise InvalidArgument(
+                    field, block, f"the cache has {self.kv_cache.num_blocks} blocks"
+                )
+
+    def _admit(self, step: Step) -> None:
+        """Takes over what a step changes."""
         for sequence_id in step.finished:
             self._sequences.pop(sequence_id, None)
         for new in step.new_sequences:
             self._sequences[new.sequence_id] = _Sequence(
-                list(new.token_ids), new.num_prompt_tokens, new.sampling, []
+                new.sequence_id,
+                list(new.token_ids),
+                new.num_prompt_tokens,
+                new.sampling,
+                array("q", new.cached_block_ids),
+                len(new.cached_block_ids) * self.kv_cache.block_size,
+                self.sampler.adjustment(new.sampling, new.token_ids, new.num_prompt_tokens),
             )
         for chunk in step.chunks:
-            self._sequences[chunk.sequence_id].block_ids.extend(chunk.new_block_ids)
+            if chunk.new_block_ids:
+                self._sequences[chunk.sequence_id].block_ids.extend(chunk.new_block_ids)
 
-    def _is_decode(self, chunk: Chunk) -> bool:
-        return chunk.num_tokens == 1 and self._sequences[chunk.sequence_id].num_computed > 0
+    def _spans(self, chunks: Sequence[Chunk]) -> tuple[list[_Span], list[_Span]]:
+        """Where each chunk stands in the batch, prefilling and decoding ones apart.
 
-    def _reaches_end(self, chunk: Chunk) -> bool:
-        sequence = self._sequences[chunk.sequence_id]
-        return sequence.num_computed + chunk.num_tokens == len(sequence.token_ids)
-
-    def _draw(self, chunk: Chunk) -> Draw:
-        sequence = self._sequences[chunk.sequence_id]
-        return Draw(sequence.sampling, len(sequence.token_ids) - sequence.num_prompt_tokens)
-
-    def _last_rows(self, chunks: Sequence[Chunk]) -> Tensor:
-        """The batch rows whose next token is sampled, in the order of the chunks."""
-        rows, stop = [], 0
+        Decoding sequences stand last: their attention is one operation.
+        """
+        prefilling: list[tuple[_Sequence, int]] = []
+        decoding: list[tuple[_Sequence, int]] = []
         for chunk in chunks:
-            stop += chunk.num_tokens
-            if self._reaches_end(chunk):
-                rows.append(stop - 1)
-        return torch.tensor(rows)
+            sequence = self._sequences[chunk.sequence_id]
+            is_decode = chunk.num_tokens == 1 and sequence.num_computed > 0
+            (decoding if is_decode else prefilling).append((sequence, chunk.num_tokens))
+        prefills: list[_Span] = []
+        decodes: list[_Span] = []
+        at = 0
+        for group, spans in ((prefilling, prefills), (decoding, decodes)):
+            for sequence, num_tokens in group:
+                start = sequence.num_computed
+                spans.append(_Span(sequence, start, start + num_tokens, at))
+                at += num_tokens
+        return prefills, decodes
 
-    def _batch(self, chunks: Sequence[Chunk]) -> ForwardBatch:
+    def _batch(self, prefills: Sequence[_Span], decodes: Sequence[_Span]) -> ForwardBatch:
         size = self.kv_cache.block_size
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        prefills = []
-        decoding: list[_Sequence] = []
-        for chunk in chunks:
-            sequence = self._sequences[chunk.sequence_id]
-            start, stop = sequence.num_computed, sequence.num_computed + chunk.num_tokens
-            blocks = sequence.block_ids
-            if self._is_decode(chunk):
-                decoding.append(sequence)
-            else:
-                used = torch.tensor(blocks[: -(-stop // size)])
-                at = len(token_ids)
-                prefills.append(PrefillSpan(at, at + chunk.num_tokens, start, used))
-            token_ids.extend(sequence.token_ids[start:stop])
+        prefill_spans = []
+        for span in prefills:
+            start, stop, blocks = span.start, span.stop, span.sequence.block_ids
+            used = torch.tensor(blocks[: -(-stop // size)])
+            prefill_spans.append(PrefillSpan(span.at, span.at + stop - start, start, used))
+            token_ids.extend(span.sequence.token_ids[start:stop])
             positions.extend(range(start, stop))
             slots.extend(blocks[p // size] * size + p % size for p in range(start, stop))
+        for span in decodes:
+            position = span.start
+            token_ids.append(span.sequence.token_ids[position])
+            positions.append(position)
+            block = span.sequence.block_ids[position // size]
+            slots.append(block * size + position % size)
         decode = None
-        if decoding:
-            tables = [s.block_ids[: s.num_computed // size + 1] for s in decoding]
-            width = max(map(len, tables))
+        if decodes:
+            counts = [span.start // size + 1 for span in decodes]
+            tables = np.zeros((len(decodes), max(counts)), dtype=np.int64)
+            for table, span, count in zip(tables, decodes, counts, strict=True):
+                table[:count] = span.sequence.block_ids[:count]
             decode = DecodeSpan(
-                start=len(token_ids) - len(decoding),
-                block_ids=torch.tensor([t + [0] * (width - len(t)) for t in tables]),
-                context_lens=torch.tensor([s.num_computed + 1 for s in decoding]),
+                start=decodes[0].at,
+                block_ids=torch.from_numpy(tables),
+                context_lens=torch.tensor([span.stop for span in decodes]),
                 block_size=size,
             )
         return ForwardBatch(
             token_ids=torch.tensor(token_ids),
             positions=torch.tensor(positions),
             slot_mapping=torch.tensor(slots),
-            prefills=tuple(prefills),
+            prefills=tuple(prefill_spans),
             decode=decode,
             kv_cache=self.kv_cache,
         )
+
+    def _sample(
+        self, spans: Sequence[_Span], hidden: Tensor
+    ) -> tuple[list[int], list[SequenceLogprobs]]:
+        """The next token of each span's sequence, and the log-probabilities that are asked for."""
+        logits = self.model.lm_head(hidden[[span.last_row for span in spans]])
+        asked, counts = [], []
+        for row, span in enumerate(spans):
+            if (count := span.sequence.sampling.logprobs) is not None:
+                asked.append(row)
+                counts.append(count)
+        # The sampler writes to the logits that it is given.
+        own = logits[asked] if asked else None
+        tokens = self.sampler(logits, [_draw(span.sequence) for span in spans])
+        if own is None:
+            return tokens, []
+        # There are answers on rank 0 only.
+        answers = self.sampler.logprobs(own, [tokens[row] for row in asked], counts)
+        return tokens, [
+            SequenceLogprobs(spans[row].sequence.sequence_id, spans[row].stop, (answer,))
+            for row, answer in zip(asked, answers, strict=False)
+        ]
+
+    def _prompt_logprobs(self, spans: Sequence[_Span], hidden: Tensor) -> list[SequenceLogprobs]:
+        """Of the prompt tokens that these spans' hidden states foretell, where they are asked for."""
+        asked = [
+            (span, min(span.stop + 1, span.sequence.num_prompt_tokens))
+            for span in spans
+            if span.sequence.sampling.prompt_logprobs is not None
+            and span.start + 1 < span.sequence.num_prompt_tokens
+        ]
+        if not asked:
+            return []
+        # A token's probability comes from the hidden state of the one before it.
+        rows: list[int] = []
+        tokens: list[int] = []
+        counts: list[int] = []
+        for span, stop in asked:
+            length = stop - span.start - 1
+            rows += range(span.at, span.at + length)
+            tokens += span.sequence.token_ids[span.start + 1 : stop]
+            counts += [span.sequence.sampling.prompt_logprobs or 0] * length
+        answers: list[TokenLogprobs] = []
+        for at in range(0, len(rows), _LOGPROB_ROWS):
+            piece = slice(at, at + _LOGPROB_ROWS)
+            logits = self.model.lm_head(hidden[rows[piece]])
+            answers += self.sampler.logprobs(logits, tokens[piece], counts[piece])
+        if not answers:  # which rank 0 has
+            return []
+        result, at = [], 0
+        for span, stop in asked:
+            first = span.start + 1
+            own = answers[at : at + stop - first]
+            result.append(SequenceLogprobs(span.sequence.sequence_id, first, own))
+            at += stop - first
+        return result
+
+
+def _draw(sequence: _Sequence) -> Draw:
+    num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+    return Draw(sequence.sampling, num_output, sequence.adjustment)

@@ -1,8 +1,12 @@
 """From logits that are split over the ranks to the same token on every rank.
 
-Greedy rows exchange one (value, token id) pair a rank. Rows with a temperature gather their logits and
-draw with a counter-based generator (Philox, Salmon et al., 2011) keyed by the request's seed and the
-index of the token, so that every rank draws the same, a replay gives the same text, and the rest of
+No rank ever sees the logits of the whole vocabulary. Greedy rows exchange one (value, token id) pair a
+rank. A row with a temperature is drawn by inverting its distribution in the order of token ids: the
+ranks exchange their shares of the probability, which tells whose token it is, and that rank finds it
+among its own.
+
+The draw is a counter-based generator's (Philox, Salmon et al., 2011), keyed by the request's seed and
+the index of the token, so that every rank draws the same, a replay gives the same text, and the rest of
 the batch has no part in it.
 """
 
@@ -13,80 +17,122 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shard_worker.adjustments import Adjustment, adjust
+from shard_worker.logprobs import Logprobs
+from shard_worker.sampling import Sampling
 from shard_worker.sharding import TensorParallel
+from shard_worker.truncation import Truncation
+from shard_worker.vocabulary import Vocabulary
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one sequence samples; `top_k` 0 is no limit, `temperature` 0 is greedy."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row to sample: how, and which token of its output this is (from 0)."""
+    """One row to sample: how, which token of its output this is (from 0), and what changes before."""
 
     sampling: Sampling
     index: int
+    adjustment: Adjustment | None = None
 
 
 class Sampler:
     """Samples from vocab-parallel logits. `rank_sizes[r]` is how many token ids rank r has."""
 
-    def __init__(self, tp: TensorParallel, rank_sizes: Sequence[int], start: int) -> None:
+    def __init__(
+        self,
+        tp: TensorParallel,
+        rank_sizes: Sequence[int],
+        start: int,
+        device: torch.device = _CPU,
+    ) -> None:
         self.tp = tp
         self.rank_sizes = tuple(rank_sizes)
-        self.start = start
+        self.device = device
+        self.vocabulary = Vocabulary(tp, self.rank_sizes, start, tp.stats("sampler", "all_gather"))
+        self.truncation = Truncation(self.vocabulary)
+        self.logprobs = Logprobs(self.vocabulary)
+
+    def adjustment(
+        self, sampling: Sampling, token_ids: Sequence[int], num_prompt_tokens: int
+    ) -> Adjustment | None:
+        """What changes this rank's logits of a sequence with these tokens, for `Draw`; None: nothing.
+
+        It counts tokens: every sampled one is to be appended to it.
+        """
+        ids = self.vocabulary
+        return Adjustment.of(
+            sampling, ids.start, ids.stop, token_ids, num_prompt_tokens, self.device
+        )
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """float32 [num_rows, vocabulary of this rank] -> a token id for each row"""
-        greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
+        """float32 [num_rows, vocabulary of this rank], which is written to -> a token id for each row"""
+        adjusted = [
+            (row, draw.index, draw.adjustment)
+            for row, draw in enumerate(draws)
+            if draw.adjustment is not None
+        ]
+        if adjusted:
+            adjust(logits, adjusted)
         random = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
+        if not random:
+            return self._greedy(logits)
+        if len(random) == len(draws):
+            return self._random(logits, draws)
+        greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
         tokens = [0] * len(draws)
-        if greedy:
-            rows = logits if len(greedy) == len(draws) else logits[greedy]
-            for row, token in zip(greedy, self._greedy(rows), strict=True):
+        for rows, sampled in (
+            (greedy, self._greedy(logits[greedy])),
+            (random, self._random(logits[random], [draws[row] for row in random])),
+        ):
+            for row, token in zip(rows, sampled, strict=True):
                 tokens[row] = token
-        if random:
-            whole = self.tp.comm.all_gather(logits[random].contiguous(), self.rank_sizes)
-            for row, row_logits in zip(random, whole, strict=True):
-                tokens[row] = draw_token(row_logits, draws[row])
         return tokens
 
     def _greedy(self, logits: Tensor) -> list[int]:
         """The likeliest token of each row; of equal ones the lowest id."""
         values, indices = logits.max(dim=-1)
         # Token ids are exact in float32 up to 2**24.
-        pairs = torch.stack((values, (indices + self.start).float()), dim=-1)
-        ranks = self.tp.comm.all_gather(pairs, (2,) * self.tp.size)  # [num_rows, 2 · size]
+        pairs = torch.stack((values, (indices + self.vocabulary.start).float()), dim=-1)
+        ranks = self.vocabulary.gather(pairs, (2,) * self.tp.size)  # [num_rows, 2 · size]
         best = ranks[:, 0::2].argmax(dim=-1, keepdim=True)
         return [int(token) for token in ranks[:, 1::2].gather(1, best).squeeze(1).tolist()]
 
+    def _random(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token of each row by its temperature, top-k, top-p and min-p. Writes to the logits."""
+        gather = self.vocabulary.gather
+        # Where float16 overflowed there are infinities; their differences would be NaN.
+        logits.nan_to_num_(nan=torch.finfo(logits.dtype).min)
+        largest = gather(logits.amax(-1, keepdim=True)).amax(-1, keepdim=True)
+        # In float64 hardly a token is unlikely enough to be denormal, of which exp is many times slower.
+        mass = logits.double().sub_(largest)
+        mass.mul_(mass.new_tensor([[1 / draw.sampling.temperature] for draw in draws])).exp_()
+        least = self.truncation(logits, mass, largest, [draw.sampling for draw in draws])
+        if least is not None:
+            mass.masked_fill_(logits < least, 0)
+        cumulative = mass.cumsum_(-1)
+        bounds = gather(cumulative[:, -1:]).cumsum(-1)  # [num_rows, size]
+        target = bounds.new_tensor([[_uniform(draw)] for draw in draws]) * bounds[:, -1:]
+        owner = _invert(bounds, target)
+        before = bounds.gather(1, (owner - 1).clamp_(min=0)).mul_(owner > 0)
+        token = self.vocabulary.start + _invert(cumulative, target - before)
+        # A rank that does not own a row has searched in vain.
+        token.masked_fill_(owner != self.tp.rank, -1)
+        tokens: list[int] = gather(token).amax(-1).tolist()
+        return tokens
 
-def draw_token(logits: Tensor, draw: Draw) -> int:
-    """One token of float32 [vocab_size]: temperature, then top-k, then top-p, then the draw."""
-    sampling = draw.sampling
-    uniform = np.random.Generator(
-        np.random.Philox(key=np.array([sampling.seed, draw.index], dtype=np.uint64))
-    ).random()
-    # Where float16 overflowed there are infinities; a softmax of them would be NaN everywhere.
-    finite = logits.nan_to_num(nan=torch.finfo(logits.dtype).min)
-    scaled = finite.double() / sampling.temperature
-    token_ids = None
-    if 0 < sampling.top_k < scaled.numel():
-        scaled, token_ids = scaled.topk(sampling.top_k)
-    if sampling.top_p < 1:
-        scaled, order = scaled.sort(descending=True, stable=True)
-        token_ids = order if token_ids is None else token_ids[order]
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-    if sampling.top_p < 1:
-        # The token that crosses top_p is the last one kept.
-        kept = int(torch.searchsorted(cumulative, sampling.top_p)) + 1
-        cumulative = cumulative[:kept]
-    position = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    position = min(position, cumulative.numel() - 1)
-    return position if token_ids is None else int(token_ids[position])
+
+def _uniform(draw: Draw) -> float:
+    """A number in [0, 1) that the seed and the index of the token decide."""
+    key = np.array([draw.sampling.seed, draw.index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random()
+
+
+def _invert(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first column whose cumulative mass exceeds the target, int64 [num_rows, 1]
+
+    Of a target that rounding has pushed to the end or beyond, the last column that has mass.
+    """
+    found = torch.searchsorted(cumulative, target, right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(found, last)

@@ -5,7 +5,7 @@ owns; nothing here knows a model family or decides a range.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,53 @@ from shard_worker.communicator import Communicator
 
 
 @dataclass(slots=True)
+class OpStats:
+    """What one part of the model has communicated by one collective since the group was joined.
+
+    Plain integers that one thread increments: other threads may read them at any time.
+    """
+
+    module: str
+    operation: str
+    calls: int = 0
+    payload_bytes: int = 0
+    """Of this rank's inputs."""
+
+    def count(self, x: Tensor) -> None:
+        """One call, with the input x."""
+        self.calls += 1
+        self.payload_bytes += x.nbytes
+
+
+@dataclass(slots=True)
 class TensorParallel:
-    """This rank's place among the ranks. The communicator is renewed with each epoch."""
+    """This rank's place among the ranks, and what each part of the model communicates there.
+
+    The communicator is renewed with each epoch; who makes collectives counts them (`stats`).
+    """
 
     rank: int
     size: int
     comm: Communicator
+    _stats: dict[tuple[str, str], OpStats] = field(default_factory=dict)
+
+    def stats(self, module: str, operation: str) -> OpStats:
+        """The counters of a module's "all_reduce" or "all_gather", the same whenever asked for."""
+        return self._stats.setdefault((module, operation), OpStats(module, operation))
+
+    def all_stats(self) -> list[OpStats]:
+        """Copies of all counters, in the order in which they came up; from any thread."""
+        return [replace(stats) for stats in list(self._stats.values())]
+
+    def renew(self, comm: Communicator) -> None:
+        """A new epoch: its communicator, and counters that start again."""
+        self.comm = comm
+        for stats in self._stats.values():
+            stats.calls = stats.payload_bytes = 0
+
+    def forget_stats(self) -> None:
+        """Another model is built, with other modules."""
+        self._stats.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,16 @@ class Service:
     process: subprocess.Popen[bytes]
     log: Path
     port: int = 0
+    http_port: int = 0
 
     def wait_for_port(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if found := re.search(r"listening on \S+:(\d+)", self.log.read_text()):
                 self.port = int(found.group(1))
+                # It is logged before the other, by those that have one.
+                if http := re.search(r"HTTP API at http://\S+:(\d+)", self.log.read_text()):
+                    self.http_port = int(http.group(1))
                 return
             if self.process.poll() is not None:
                 break
@@ -109,13 +113,18 @@ class RunningCluster:
     def target(self) -> str:
         return self.coordinator.address
 
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.coordinator.http_port}"
+
 
 def start_coordinator(model: Path, workers: Sequence[str], *arguments: str) -> Service:
     """A coordinator on a free port, not yet serving."""
     service = start(
         "coordinator",
         "coordinator",
-        *("--model", str(model), "--workers", ",".join(workers), "--grpc-port", "0"),
+        *("--model", str(model), "--workers", ",".join(workers)),
+        *("--grpc-port", "0", "--http-port", "0"),
         *arguments,
     )
     service.wait_for_port()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ __all__ = [
     "Communicator",
     "CommunicatorAborted",
     "CommunicatorError",
-    "CommunicatorStats",
     "CommunicatorTimeout",
-    "OpStats",
     "check_all_gather",
     "check_all_reduce",
     "check_membership",
@@ -72,34 +69,12 @@ class CommunicatorAborted(CommunicatorError):
     """The group was aborted, here or by a peer, while or before this collective ran."""
 
 
-@dataclass(slots=True)
-class OpStats:
-    """Calls of one collective, and the bytes of this rank's input tensors over all of them."""
-
-    calls: int = 0
-    payload_bytes: int = 0
-
-
-@dataclass(slots=True)
-class CommunicatorStats:
-    """Counters since the join, one per collective. Plain integers that one thread increments: other
-    threads may read them at any time."""
-
-    all_reduce: OpStats = field(default_factory=OpStats)
-    all_gather: OpStats = field(default_factory=OpStats)
-
-    def snapshot(self) -> dict[str, OpStats]:
-        """A copy by op name ("all_reduce", "all_gather") that no longer changes."""
-        return {"all_reduce": replace(self.all_reduce), "all_gather": replace(self.all_gather)}
-
-
 class Communicator(ABC):
     """One rank's end of a group of `size` ranks.
 
     rank, size: this rank and the number of ranks. transport: "single", "shm", "gloo" or "nccl".
-    stats: what this rank has communicated so far. op_timeout_s: the longest that a collective waits
-    for its peers, in seconds (over shm: for each chunk of a large tensor); it may be changed between
-    collectives.
+    op_timeout_s: the longest that a collective waits for its peers, in seconds (over shm: for each
+    chunk of a large tensor); it may be changed between collectives.
     """
 
     transport: str
@@ -108,7 +83,6 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.op_timeout_s = op_timeout_s
-        self.stats = CommunicatorStats()
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -162,10 +136,12 @@ def check_membership(rank: int, size: int) -> None:
         raise ValueError(f"rank: {rank} is not in [0, {size})")
 
 
-def check_all_reduce(x: Tensor) -> None:
-    """ValueError unless x is what `Communicator.all_reduce` takes on a CPU."""
-    if x.device.type != "cpu":
-        raise ValueError(f"x: device {x.device}, but this communicator is for CPU tensors")
+def check_all_reduce(x: Tensor, device_type: str = "cpu") -> None:
+    """ValueError unless x is what `Communicator.all_reduce` takes on that kind of device."""
+    if x.device.type != device_type:
+        raise ValueError(
+            f"x: device {x.device}, but this communicator is for {device_type} tensors"
+        )
     if x.dtype not in _SUMMABLE:
         raise ValueError(f"x: dtype {x.dtype} is none of {', '.join(map(str, _SUMMABLE))}")
     if not x.is_contiguous():
@@ -174,10 +150,14 @@ def check_all_reduce(x: Tensor) -> None:
         raise ValueError("x: requires_grad is set, but communicators do not carry gradients")
 
 
-def check_all_gather(x: Tensor, sizes: Sequence[int], rank: int, size: int) -> None:
-    """ValueError unless x and sizes are what `Communicator.all_gather` takes on a CPU."""
-    if x.device.type != "cpu":
-        raise ValueError(f"x: device {x.device}, but this communicator is for CPU tensors")
+def check_all_gather(
+    x: Tensor, sizes: Sequence[int], rank: int, size: int, device_type: str = "cpu"
+) -> None:
+    """ValueError unless x and sizes are what `Communicator.all_gather` takes on that kind of device."""
+    if x.device.type != device_type:
+        raise ValueError(
+            f"x: device {x.device}, but this communicator is for {device_type} tensors"
+        )
     if x.requires_grad:
         raise ValueError("x: requires_grad is set, but communicators do not carry gradients")
     if x.dim() == 0:

@@ -182,8 +182,6 @@ class GlooCommunicator(Communicator):
     def all_reduce(self, x: Tensor) -> Tensor:
         """IN PLACE; see `Communicator.all_reduce`. Sends x once to every peer."""
         check_all_reduce(x)
-        self.stats.all_reduce.calls += 1
-        self.stats.all_reduce.payload_bytes += x.nbytes
         parts = self._exchange(x, [x.shape] * self.size, "all_reduce", self.op_timeout_s)
         # A sum in place must not overwrite one of its own terms.
         parts[self.rank] = x.clone()
@@ -195,8 +193,6 @@ class GlooCommunicator(Communicator):
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """NOT in place; see `Communicator.all_gather`. Sends x once to every peer."""
         check_all_gather(x, sizes, self.rank, self.size)
-        self.stats.all_gather.calls += 1
-        self.stats.all_gather.payload_bytes += x.nbytes
         shapes = [(*x.shape[:-1], s) for s in sizes]
         return torch.cat(
             self._exchange(x.contiguous(), shapes, "all_gather", self.op_timeout_s), dim=-1

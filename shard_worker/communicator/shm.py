@@ -191,9 +191,6 @@ class ShmCommunicator(Communicator):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """IN PLACE; see `Communicator.all_reduce`. One exchange per `capacity_bytes` of x."""
-        stats = self.stats.all_reduce
-        stats.calls += 1
-        stats.payload_bytes += x.nbytes
         views = self._reduce_views.get((x.dtype, x.shape))
         if views is not None and x.is_cpu and x.is_contiguous() and not x.requires_grad:
             return self._reduce(x, views)
@@ -210,9 +207,6 @@ class ShmCommunicator(Communicator):
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """NOT in place; see `Communicator.all_gather`. One exchange if the largest rank's tensor
         fits `capacity_bytes`, else one per block of rows (and columns) that does."""
-        stats = self.stats.all_gather
-        stats.calls += 1
-        stats.payload_bytes += x.nbytes
         sizes = tuple(sizes)
         views = self._gather_views.get((x.dtype, x.shape, sizes))
         if views is not None and x.is_cpu and not x.requires_grad:

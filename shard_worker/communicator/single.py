@@ -18,8 +18,8 @@ __all__ = ["SingleCommunicator"]
 
 
 class SingleCommunicator(Communicator):
-    """tp_size 1. Checks its arguments and counts like the others, so that a model that works here
-    does not meet its first ValueError at tp_size 2."""
+    """tp_size 1. Checks its arguments like the others, so that a model that works here does not meet
+    its first ValueError at tp_size 2."""
 
     transport = "single"
 
@@ -32,8 +32,6 @@ class SingleCommunicator(Communicator):
         """In place, and the sum over one rank is x: returned untouched."""
         self._check_alive("all_reduce")
         check_all_reduce(x)
-        self.stats.all_reduce.calls += 1
-        self.stats.all_reduce.payload_bytes += x.nbytes
         return x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -41,8 +39,6 @@ class SingleCommunicator(Communicator):
         writes to x."""
         self._check_alive("all_gather")
         check_all_gather(x, sizes, self.rank, self.size)
-        self.stats.all_gather.calls += 1
-        self.stats.all_gather.payload_bytes += x.nbytes
         return x.contiguous()
 
     def barrier(self, timeout_s: float) -> None:

@@ -90,6 +90,8 @@ class RowParallelLinear(_Linear):
     ) -> None:
         super().__init__(tensors, prefix, (name,), transposed)
         weight = f"{prefix}.{name}.weight"
+        # Communication is counted by layer: "model.layers.3" for "model.layers.3.mlp".
+        self._reduced = tensors.tp.stats(prefix.rpartition(".")[0] or prefix, "all_reduce")
         (self._columns,) = tensors.layout.slices(weight)
         self._whole_inputs = tensors.layout.parameters[weight].shape[0 if transposed else 1]
 
@@ -100,6 +102,7 @@ class RowParallelLinear(_Linear):
 
     def reduce(self, partial: Tensor) -> Tensor:
         """Sums the ranks' terms in place: [num_tokens, outputs]"""
+        self._reduced.count(partial)
         return self.tp.comm.all_reduce(partial)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -167,6 +167,13 @@ def plan(config: Any = None, tp_size: int = 2, **fields: Any) -> Callable[[Runni
     return lambda running: running.client.control.PlanShards(request, timeout=20)
 
 
+def score(sequences: Sequence[Sequence[int]], **fields: Any) -> Callable[[RunningCluster], Any]:
+    request = _inference.ScoreRequest(
+        sequences=[_inference.TokenIds(ids=ids) for ids in sequences], **fields
+    )
+    return lambda running: running.client.inference.Score(request, timeout=20)
+
+
 def run_layer(
     module: str, activation: tensor_pb2.Tensor | None = None, **fields: Any
 ) -> Callable[[RunningCluster], Any]:
@@ -303,10 +310,82 @@ BAD_REQUESTS: dict[str, tuple[Callable[[RunningCluster], Any], str, tuple[str, .
         "NOT_FOUND",
         ("model = 'gpt-5'",),
     ),
-    "score": (
-        lambda running: running.client.inference.Score(_inference.ScoreRequest(), timeout=20),
-        "UNIMPLEMENTED",
-        ("Score",),
+    "score nothing": (score([]), "INVALID_ARGUMENT", ("sequences", "is empty")),
+    "score an empty sequence": (score([PROMPT, []]), "INVALID_ARGUMENT", ("prompt", "is empty")),
+    "score outside the vocabulary": (
+        score([PROMPT, [1, 400]]),
+        "INVALID_ARGUMENT",
+        ("prompt.token_ids = 400",),
+    ),
+    "score more than the context": (
+        score([[1] * (CONTEXT + 1)]),
+        "INVALID_ARGUMENT",
+        ("prompt", f"{CONTEXT + 1} tokens", str(CONTEXT)),
+    ),
+    "score for another model": (
+        score([PROMPT], model="gpt-5"),
+        "NOT_FOUND",
+        ("model = 'gpt-5'",),
+    ),
+    "too many likeliest tokens": (
+        score([PROMPT], top_logprobs=101),
+        "INVALID_ARGUMENT",
+        ("prompt_logprobs = 101", "[0, 100]"),
+    ),
+    "min_p above 1": (sampled(min_p=1.5), "INVALID_ARGUMENT", ("sampling.min_p = 1.5", "[0, 1]")),
+    "repetition penalty 0": (
+        sampled(repetition_penalty=0),
+        "INVALID_ARGUMENT",
+        ("sampling.repetition_penalty = 0.0", "(0, 100]"),
+    ),
+    "repetition penalty infinite": (
+        sampled(repetition_penalty=INF),
+        "INVALID_ARGUMENT",
+        ("sampling.repetition_penalty = inf",),
+    ),
+    "presence penalty too high": (
+        sampled(presence_penalty=2.5),
+        "INVALID_ARGUMENT",
+        ("sampling.presence_penalty = 2.5", "[-2, 2]"),
+    ),
+    "frequency penalty NaN": (
+        sampled(frequency_penalty=NAN),
+        "INVALID_ARGUMENT",
+        ("sampling.frequency_penalty = nan",),
+    ),
+    "bias outside the vocabulary": (
+        sampled(logit_bias={331: 1.0}),
+        "INVALID_ARGUMENT",
+        ("sampling.logit_bias = 331", "331 ids"),
+    ),
+    "bias too high": (
+        sampled(logit_bias={3: 101.0}),
+        "INVALID_ARGUMENT",
+        ("sampling.logit_bias[3] = 101.0",),
+    ),
+    "no continuations": (prompted(PROMPT, n=0), "INVALID_ARGUMENT", ("n = 0", "[1, 128]")),
+    "too many continuations": (prompted(PROMPT, n=129), "INVALID_ARGUMENT", ("n = 129",)),
+    "more min_tokens than max_tokens": (
+        prompted(PROMPT, max_tokens=4, min_tokens=5),
+        "INVALID_ARGUMENT",
+        ("min_tokens = 5", "[0, 4]"),
+    ),
+    "empty stop text": (
+        prompted(PROMPT, stop=["x", ""]),
+        "INVALID_ARGUMENT",
+        ("stop = ''", "1 to 1024 characters"),
+    ),
+    "long stop text": (prompted(PROMPT, stop=["x" * 1025]), "INVALID_ARGUMENT", ("stop = 'xxx",)),
+    "many stop texts": (prompted(PROMPT, stop=["x"] * 65), "INVALID_ARGUMENT", ("stop = 65",)),
+    "stop token outside the vocabulary": (
+        prompted(PROMPT, stop_token_ids=[331]),
+        "INVALID_ARGUMENT",
+        ("stop_token_ids = 331",),
+    ),
+    "too many log-probabilities": (
+        prompted(PROMPT, logprobs=101),
+        "INVALID_ARGUMENT",
+        ("logprobs = 101", "[0, 100]"),
     ),
     "drain": (
         lambda running: running.client.control.Drain(_control.DrainRequest(), timeout=20),
@@ -927,7 +1006,7 @@ def sequence(
         sequence_id=sequence_id,
         token_ids=token_ids,
         num_prompt_tokens=len(token_ids) if num_prompt_tokens is None else num_prompt_tokens,
-        sampling=_worker.StepSampling(temperature=0, top_p=1),
+        sampling=_worker.StepSampling(temperature=0, top_p=1, repetition_penalty=1),
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,10 @@ from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 
 COMMAND = str(Path(sys.executable).with_name("colrow"))
-COMMANDS = ("serve", "coordinator", "worker", "generate", "status", "plan", "layer", "demo")
+COMMANDS = (
+    *("serve", "coordinator", "worker", "generate", "chat", "status", "plan", "layer", "bench"),
+    "demo",
+)
 
 START_TIMEOUT_S = 60.0
 GONE_TIMEOUT_S = 15.0
@@ -228,7 +232,9 @@ def test_cuda_is_refused(colrow: Colrow) -> None:
     assert_one_clear_line(colrow("serve", "--device", "cuda"), "device", "CPU only")
 
 
-@pytest.mark.parametrize("command", [("status",), ("generate", "hi"), ("layer", "3")])
+@pytest.mark.parametrize(
+    "command", [("status",), ("generate", "hi"), ("chat",), ("layer", "3"), ("bench",)]
+)
 def test_where_nothing_answers_it_says_what_to_start(
     colrow: Colrow, command: tuple[str, ...]
 ) -> None:
@@ -399,6 +405,63 @@ def test_generate_refuses_what_the_coordinator_refuses(colrow: Colrow, target: s
     assert_one_clear_line(done, "system")
 
 
+def test_generate_ends_before_any_of_the_stop_texts(colrow: Colrow, target: str) -> None:
+    question = "What is the capital of Japan?"
+    flags = ("--stop", "Kyoto", "--stop", " is", "--target", target)
+    done = colrow("generate", question, *flags)
+    assert done.stdout == "The capital of Japan\n"
+
+
+def test_generate_shows_several_texts_one_after_another(colrow: Colrow, target: str) -> None:
+    flags = ("--raw", "--n", "3", "--temperature", "1", "--seed", "7", "--max-tokens", "6")
+    done = colrow("generate", "Once upon a time", *flags, "--ignore-eos", "--target", target)
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"^--- \d of 3 ---\n", done.stdout, flags=re.MULTILINE)
+    assert parts[0] == ""
+    assert len(set(parts[1:])) == 3
+    assert "18 tokens in" in done.stderr
+
+
+def test_generate_shows_how_likely_tokens_were(colrow: Colrow, target: str) -> None:
+    question = "What is the capital of Japan?"
+    flags = ("--logprobs", "2", "--max-tokens", "12", "--target", target)
+    done = colrow("generate", question, *flags)
+    assert done.returncode == 0, done.stderr
+    text, _, table = done.stdout.partition("\n")
+    assert text == "The capital of Japan is Tokyo."
+    rows = re.findall(r"'( Tokyo|The)' +(\d+) +-(\d\.\d+) +(\d+\.\d+)% +1 +'\1' -", table)
+    assert [row[0] for row in rows] == ["The", " Tokyo"]
+    for _, _, logprob, percent in rows:
+        assert math.exp(-float(logprob)) == pytest.approx(float(percent) / 100, abs=1e-3)
+
+
+def test_generate_passes_penalties_and_limits_on(colrow: Colrow, target: str) -> None:
+    flags = ("--raw", "--max-tokens", "4", "--target", target)
+    for name in ("min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
+        done = colrow("generate", "hi", f"--{name}", "-3", *flags)
+        assert_one_clear_line(done, f"{name.replace('-', '_')} = -3.0")
+    assert_one_clear_line(colrow("generate", "hi", "--min-tokens", "5", *flags), "min_tokens = 5")
+    # A bias against repetition that no text can have, and the same text without it.
+    plain = colrow("generate", "ha ha ha ha ha", *flags).stdout
+    assert colrow("generate", "ha ha ha ha ha", "--repetition-penalty", "9", *flags).stdout != plain
+
+
+def test_chat_over_a_pipe_answers_each_line(colrow: Colrow, target: str, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    lines = ("What is the capital of Japan?", "/undo", "What is the capital of\\", "Japan?")
+    script = "\n".join((*lines, f"/save {file}", "/stats"))
+    done = colrow("chat", "--temperature", "0", "--target", target, text=script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "The capital of Japan is Tokyo."
+    assert "\x1b" not in done.stdout + done.stderr
+    said = json.loads(file.read_text())
+    assert [message["role"] for message in said] == ["user", "assistant"]
+    assert said[0]["content"] == "What is the capital of\nJapan?"
+    assert "2 answers of" in done.stderr
+    failed = colrow("chat", "--top-p", "1.5", "--target", target, text="hi\nhi\n")
+    assert_one_clear_line(failed, "top_p = 1.5")
+
+
 def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     shown = colrow("status", "--target", target).stdout
     assert re.search(r"state +serving", shown)
@@ -409,6 +472,44 @@ def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     planned = [rank["weight_bytes"] for rank in cluster["plan"]["ranks"]]
     assert planned == [worker["description"]["weight_bytes"] for worker in cluster["workers"]]
     assert planned == [136_761_984, 132_338_304]
+
+
+def test_status_by_layer_adds_up(colrow: Colrow, target: str) -> None:
+    assert "By module" not in colrow("status", "--target", target).stdout
+    colrow("generate", "hi", "--max-tokens", "2", "--target", target)
+    shown = colrow("status", "--layers", "--target", target).stdout
+    of_all = re.search(r"^ +0 +all_reduce +([\d,]+) +([\d,]+) *$", shown, re.MULTILINE)
+    by_module = re.findall(r"^ +model\.\S+ +all_reduce +([\d,]+) +([\d,]+) ", shown, re.MULTILINE)
+    assert of_all is not None
+    assert len(by_module) == 31, "the embedding and 30 layers"
+    for column in (0, 1):
+        numbers = [int(row[column].replace(",", "")) for row in by_module]
+        assert sum(numbers) == int(of_all[column + 1].replace(",", ""))
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_status_watch_goes_on_until_ctrl_c(
+    environment: dict[str, str], target: str, flags: tuple[str, ...]
+) -> None:
+    popen = subprocess.Popen(
+        [COMMAND, "status", "--watch", "--interval", "0.2", "--target", target, *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert popen.stdout is not None
+    lines = [popen.stdout.readline() for _ in range(4)]
+    popen.send_signal(signal.SIGINT)
+    _, errors = popen.communicate(timeout=START_TIMEOUT_S)
+    assert (popen.returncode, errors) == (0, "")
+    if flags:
+        updates = [json.loads(line) for line in lines]
+        assert {update["cluster"]["state"] for update in updates} == {"serving"}
+        assert updates[-1]["rates"]["steps_per_s"] == 0
+    else:
+        assert all(re.match(r"\d\d:\d\d:\d\d serving; 0 running", line) for line in lines)
+        assert "busy 0: 0% 1: 0%" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -288,11 +288,11 @@ def test_all_gather_concatenates_uneven_ranks(transport: str, size: int) -> None
 
 def mixed_sequence(
     transport: str, meeting: Meeting, rank: int, size: int, num_ops: int, seed: int
-) -> tuple[dict[str, Any], dict[str, list[int]]]:
+) -> int:
     """The same random collectives on all ranks, each rank late at moments of its own."""
     communicator = join(transport, meeting, rank, size)
     shared, own = random.Random(seed), random.Random(f"{seed}/{rank}")
-    count = {"all_reduce": [0, 0], "all_gather": [0, 0]}
+    count = 0
     kept: list[tuple[Tensor, bytes]] = []
     for i in range(num_ops):
         op = shared.choice(("all_reduce", "all_reduce", "all_gather", "barrier"))
@@ -308,16 +308,14 @@ def mixed_sequence(
             check_sum(key, communicator.all_reduce(x), size)
         elif op == "all_gather":
             result = check_gather(communicator, key, lead, sizes, dtype)
-            x = tensor(key, rank, (*lead, sizes[rank]), dtype)
             kept = [*kept[-8:], (result, bits(result))]
         else:
             communicator.barrier(10.0)
             continue
-        count[op][0] += 1
-        count[op][1] += x.nbytes
+        count += 1
     assert all(bits(result) == before for result, before in kept), "results are not views of slots"
     communicator.close()
-    return communicator.stats.snapshot(), count
+    return count
 
 
 @pytest.mark.parametrize(
@@ -328,10 +326,7 @@ def test_long_mixed_sequences_with_late_ranks_stay_right(
     transport: str, size: int, num_ops: int
 ) -> None:
     with ranks(transport, size, mixed_sequence, num_ops, size) as group:
-        for rank in group:
-            stats, count = rank.value()
-            for op, (calls, payload_bytes) in count.items():
-                assert (stats[op].calls, stats[op].payload_bytes) == (calls, payload_bytes)
+        assert min(rank.value() for rank in group) > num_ops / 2
 
 
 def inference_mode_and_after(transport: str, meeting: Meeting, rank: int, size: int) -> None:
@@ -387,9 +382,6 @@ def test_a_group_of_one_is_the_identity_and_says_so() -> None:
     assert communicator.all_reduce(x) is x and torch.equal(x, before)
     assert communicator.all_gather(x, [3]) is x
     communicator.barrier(0.0)
-    stats = communicator.stats.snapshot()
-    assert (stats["all_reduce"].calls, stats["all_reduce"].payload_bytes) == (1, 24)
-    assert (stats["all_gather"].calls, stats["all_gather"].payload_bytes) == (1, 24)
     with pytest.raises(ValueError, match="sizes"):
         communicator.all_gather(x, [4])
     with pytest.raises(ValueError, match="contiguous"):

@@ -37,7 +37,7 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from coordinator.grpc_server import ControlServicer, InferenceServicer
+from coordinator.grpc_server import ControlServicer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -377,23 +377,15 @@ async def test_what_a_stream_holds_is_freed_when_its_client_leaves(
 async def test_rpcs_whose_substance_comes_later_are_unimplemented() -> None:
     cluster: Any = None
     server = Server([])
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-        InferenceServicer(cluster), server.grpc_server
-    )
     control_service_pb2_grpc.add_ControlServiceServicer_to_server(
         ControlServicer(cluster), server.grpc_server
     )
     port = await server.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        inference = inference_service_pb2_grpc.InferenceServiceStub(channel)
         control = control_service_pb2_grpc.ControlServiceStub(channel)
-        for later in (
-            inference.Score(inference_service_pb2.ScoreRequest(), timeout=10),
-            control.Drain(control_service_pb2.DrainRequest(), timeout=10),
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await later
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await control.Drain(control_service_pb2.DrainRequest(), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     await server.stop(0)
 
 

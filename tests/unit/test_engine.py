@@ -7,15 +7,24 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 import tokenizers
 
 from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 from coordinator.block_manager import BlockManager
-from coordinator.engine import Engine, ModelLimits, Output, SamplingRequest
-from coordinator.scheduler import Scheduler, Step
-from coordinator.sequence import FinishReason
+from coordinator.engine import Engine
+from coordinator.request import (
+    ModelLimits,
+    Output,
+    Request,
+    RequestRecord,
+    SamplingRequest,
+    Usage,
+)
+from coordinator.scheduler import Scheduler, SequenceLogprobs, Step, StepOutput
+from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(30)
@@ -29,6 +38,11 @@ GREEDY = SamplingRequest(temperature=0)
 def next_token(tokens: SequenceOf[int]) -> int:
     """Stands in for a model: a token that depends on every token before it, and on their order."""
     return zlib.crc32(bytes(tokens)) % VOCAB_SIZE
+
+
+def logprob_of(tokens: SequenceOf[int], position: int) -> TokenLogprobs:
+    """Stands in for the log-probability of the token there; it tells token and position apart."""
+    return TokenLogprobs(tokens[position], -float(position), 1, ((tokens[position], 0.0),))
 
 
 def continuation(prompt: SequenceOf[int], max_tokens: int) -> list[int]:
@@ -60,10 +74,11 @@ class Workers:
         self.calls: list[tuple[str, int]] = []
         self.steps: list[Step] = []
         self.known: dict[int, list[int]] = {}
+        self.computed: dict[int, int] = {}
         self.fail_at: int | None = None
         self.error: Exception = Internal("a rank fell over")
         self._delay = delay
-        self._results: deque[tuple[int, dict[int, int]]] = deque()
+        self._results: deque[tuple[int, StepOutput]] = deque()
 
     async def send(self, step: Step) -> None:
         self.calls.append(("send", step.step_id))
@@ -72,15 +87,28 @@ class Workers:
             del self.known[sequence_id]
         for new in step.new_sequences:
             self.known[new.sequence.sequence_id] = list(new.token_ids)
+            self.computed[new.sequence.sequence_id] = 4 * len(new.cached_block_ids)
         sampled = {}
+        logprobs = []
         for chunk in step.chunks:
+            sequence_id, sampling = chunk.sequence.sequence_id, chunk.sequence.sampling
+            tokens = self.known[sequence_id]
+            start = self.computed[sequence_id]
+            self.computed[sequence_id] = stop = start + chunk.num_tokens
             if chunk.samples:
-                tokens = self.known[chunk.sequence.sequence_id]
                 tokens.append(next_token(tokens))
-                sampled[chunk.sequence.sequence_id] = tokens[-1]
-        self._results.append((step.step_id, sampled))
+                sampled[sequence_id] = tokens[-1]
+            wanted = []
+            if sampling.prompt_logprobs is not None:
+                wanted = [*range(start + 1, min(stop + 1, len(chunk.sequence.prompt)))]
+            if sampling.logprobs is not None and chunk.samples:
+                wanted.append(stop)
+            logprobs += [
+                SequenceLogprobs(sequence_id, at, (logprob_of(tokens, at),)) for at in wanted
+            ]
+        self._results.append((step.step_id, StepOutput(sampled, tuple(logprobs))))
 
-    async def receive(self) -> dict[int, int]:
+    async def receive(self) -> StepOutput:
         step_id, sampled = self._results.popleft()
         await self._delay()
         self.calls.append(("receive", step_id))
@@ -94,6 +122,32 @@ async def at_once() -> None:
     await asyncio.sleep(0)
 
 
+class Notes:
+    """An observer that writes everything down."""
+
+    def __init__(self) -> None:
+        self.step_tokens: list[int] = []
+        self.first_tokens: list[float] = []
+        self.next_tokens: list[float] = []
+        self.records: list[RequestRecord] = []
+        self.refused: list[str] = []
+
+    def step(self, num_tokens: int) -> None:
+        self.step_tokens.append(num_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        self.first_tokens.append(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self.next_tokens.append(seconds)
+
+    def ended(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def rejected(self, request: Request, error: ServiceError) -> None:
+        self.refused.append(error.reason)
+
+
 class Running:
     """An engine in its loop, on a cache of `num_blocks` blocks of 4 tokens."""
 
@@ -104,13 +158,22 @@ class Running:
         num_blocks: int = 64,
         delay: Callable[[], Awaitable[None]] = at_once,
         tokenizer: Tokenizer | None = None,
+        max_waiting: int = 1000,
     ) -> None:
         self.workers = Workers(delay)
+        self.observer = Notes()
         self.scheduler = Scheduler(
             BlockManager(num_blocks, 4), max_batched_tokens=32, max_running=16
         )
-        limits = ModelLimits(VOCAB_SIZE, CONTEXT, (EOS,))
-        self.engine = Engine(self.workers, self.scheduler, limits, tokenizer, run_ahead=run_ahead)
+        self.engine = Engine(
+            self.workers,
+            self.scheduler,
+            ModelLimits(VOCAB_SIZE, CONTEXT, (EOS,), num_blocks * 4),
+            tokenizer,
+            run_ahead=run_ahead,
+            max_waiting=max_waiting,
+            observer=self.observer,
+        )
 
     async def __aenter__(self) -> "Running":
         self.loop = asyncio.create_task(self.engine.run())
@@ -121,9 +184,12 @@ class Running:
         await asyncio.wait([self.loop])
 
     def generate(
-        self, prompt: SequenceOf[int], max_tokens: int | None
+        self, prompt: SequenceOf[int], max_tokens: int | None = None, **settings: Any
     ) -> AsyncGenerator[Output, None]:
-        return self.engine.generate(prompt, GREEDY, max_tokens)
+        settings.setdefault("sampling", GREEDY)
+        return self.engine.generate(
+            Request("a request", tuple(prompt), max_tokens=max_tokens, **settings)
+        )
 
     async def tokens(self, prompt: SequenceOf[int], max_tokens: int | None) -> list[int]:
         return [token async for out in self.generate(prompt, max_tokens) for token in out.token_ids]
@@ -246,7 +312,7 @@ async def test_leaving_the_iteration_frees_the_blocks_and_the_next_step_tells_th
         for _ in range(3):
             await anext(leaving)
         (gone,) = (s for s in running.scheduler.running if s.prompt == tuple(prompt))
-        used, owned = running.scheduler.blocks.num_used, len(gone.block_ids)
+        used, owned = running.scheduler.blocks.num_used, len(gone.table.block_ids)
         sent = len(running.workers.steps)
         await leaving.aclose()
         # At once: no step has passed since.
@@ -372,7 +438,7 @@ async def test_a_seed_reaches_the_workers_and_without_one_each_request_draws_its
     async with Running() as running:
         for seed in (42, None, None):
             sampling = SamplingRequest(temperature=0.5, top_k=3, top_p=0.9, seed=seed)
-            async for _ in running.engine.generate([1, 2], sampling, 1):
+            async for _ in running.generate([1, 2], 1, sampling=sampling):
                 pass
         new = [n.sequence.sampling for step in running.workers.steps for n in step.new_sequences]
     assert [(s.temperature, s.top_k, s.top_p) for s in new] == [(0.5, 3, 0.9)] * 3
@@ -416,8 +482,237 @@ async def test_a_request_that_can_not_be_served_is_refused_before_anything_is_sc
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", float("nan")),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", float("nan")),
+        ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_sampling_out_of_range_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(InvalidArgument, match=rf"sampling\.{field} = {value}"):
         SamplingRequest(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, r"n = 0: is not in \[1, 128\]"),
+        ({"n": 9, "max_tokens": 30}, r"n = 9: times max_tokens = 30 is more than the 256 tokens"),
+        ({"min_tokens": 11, "max_tokens": 10}, r"min_tokens = 11: is not in \[0, 10\]"),
+        ({"stop": ("",)}, r"stop = ''"),
+        ({"stop": ("x",) * 65}, r"stop = 65"),
+        ({"stop_token_ids": (VOCAB_SIZE,)}, r"stop_token_ids = 50: the vocabulary has 50"),
+        ({"logprobs": 101}, r"logprobs = 101"),
+        ({"prompt_logprobs": -1}, r"prompt_logprobs = -1"),
+        ({"priority": 2**31}, r"priority = 2147483648"),
+        (
+            {"sampling": SamplingRequest(logit_bias={VOCAB_SIZE: 1.0})},
+            r"sampling.logit_bias = 50: the vocabulary",
+        ),
+        ({"max_tokens": 0}, r"max_tokens = 0"),
+    ],
+)
+async def test_settings_that_can_not_be_are_refused_by_name(
+    settings: dict[str, Any], message: str
+) -> None:
+    async with Running() as running:
+        with pytest.raises(InvalidArgument, match=message):
+            await anext(running.generate([1, 2], **settings))
+        assert running.workers.calls == []
+
+
+def test_a_bias_out_of_range_is_refused_with_its_token() -> None:
+    with pytest.raises(InvalidArgument, match=r"sampling\.logit_bias\[3\] = 100.5"):
+        SamplingRequest(logit_bias={3: 100.5})
+
+
+async def test_stop_strings_need_a_tokenizer() -> None:
+    async with Running() as running:
+        with pytest.raises(ServiceError, match="no tokenizer"):
+            await anext(running.generate([1], stop=("x",)))
+
+
+async def test_a_full_queue_refuses_with_a_time_to_retry_and_serves_on() -> None:
+    async with Running(max_waiting=4) as running:
+        readers = [asyncio.create_task(running.tokens([1, i], 40)) for i in range(20)]
+        await asyncio.sleep(0.01)
+        refused = [reader for reader in readers if reader.done() and reader.exception()]
+        assert len(refused) == 16  # they came at once, before any could be admitted
+        for reader in refused:
+            error = reader.exception()
+            assert isinstance(error, ServiceError)
+            assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+            assert error.retry_after_s
+        served = [reader for reader in readers if reader not in refused]
+        assert all(await asyncio.gather(*served))
+        assert await running.tokens([1, 2], 3)
+        with pytest.raises(ServiceError, match="wait already"):
+            await anext(running.generate([1, 2], 3, n=5))
+
+
+async def test_n_continuations_share_the_prompt_and_each_has_its_own_seed() -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    sampling = SamplingRequest(temperature=1, seed=11)
+    async with Running() as running:
+        outputs = [o async for o in running.generate(prompt, 6, n=3, sampling=sampling)]
+        new = [n.sequence for step in running.workers.steps for n in step.new_sequences]
+        one = [n async for n in running.generate(prompt, 6, sampling=sampling)]
+    assert len({sequence.sampling.seed for sequence in new}) == 3
+    assert new[0].sampling.seed == 11  # so the first is the same without the others
+    assert [sequence.num_prefix_hits for sequence in new] == [0, 8, 8]
+    by_index = {i: [t for o in outputs if o.index == i for t in o.token_ids] for i in range(3)}
+    assert by_index == dict.fromkeys(range(3), continuation(prompt, 6))
+    assert sum(o.finish_reason is not None for o in outputs) == 3
+    assert [o.usage is not None for o in outputs] == [False] * (len(outputs) - 1) + [True]
+    total = 3 * len(continuation(prompt, 6))
+    assert outputs[-1].usage == Usage(9, total, 0)
+    assert one[-1].usage == Usage(9, total // 3, 8)
+
+
+async def test_leaving_ends_every_continuation() -> None:
+    async with Running() as running:
+        stream = running.generate(prompt_without_eos(40), 40, n=3)
+        await anext(stream)
+        await stream.aclose()
+        assert running.scheduler.blocks.num_used == 0
+        assert (running.scheduler.running, running.scheduler.waiting) == ([], [])
+        assert [record.outcome for record in running.observer.records] == ["abort"]
+
+
+async def test_eos_is_passed_over_when_it_is_ignored_or_too_early() -> None:
+    prompt = prompt_that_stops()
+    stop = len(continuation(prompt, 20))
+    async with Running() as running:
+        ignoring = [o async for o in running.generate(prompt, 20, ignore_eos=True)]
+        early = [o async for o in running.generate(prompt, 20, min_tokens=stop)]
+        exact = [o async for o in running.generate(prompt, 20, min_tokens=stop - 1)]
+        (_, suppressing, _) = (
+            n.sequence.sampling for step in running.workers.steps for n in step.new_sequences
+        )
+    assert sum(len(o.token_ids) for o in ignoring) == 20
+    assert sum(len(o.token_ids) for o in early) > stop
+    assert sum(len(o.token_ids) for o in exact) == stop
+    # The workers don't sample it before; here they do, and it is passed over.
+    assert (suppressing.min_tokens, suppressing.suppressed) == (stop, (EOS,))
+
+
+async def test_a_stop_token_of_the_request_is_named_as_the_reason() -> None:
+    prompt = prompt_without_eos(10)
+    tokens = continuation(prompt, 10)
+    async with Running() as running:
+        outputs = [o async for o in running.generate(prompt, 10, stop_token_ids=(tokens[4],))]
+    got = [token for o in outputs for token in o.token_ids]
+    assert got == tokens[: tokens.index(tokens[4]) + 1]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (FinishReason.STOP, tokens[4])
+
+
+def letters() -> Tokenizer:
+    """Each token is one letter, and text is letters side by side."""
+    alphabet = {chr(ord("A") + i): i for i in range(VOCAB_SIZE)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], fuse_unk=False))
+    backend.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(backend, None, {})
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("run_ahead", [1, 2])
+async def test_a_stop_string_ends_the_text_across_token_borders(
+    include: bool, run_ahead: int
+) -> None:
+    prompt = prompt_without_eos(20)
+    text = "".join(chr(ord("A") + t) for t in continuation(prompt, 20))
+    stop = text[5:8]
+    place = text.index(stop)
+    async with Running(tokenizer=letters(), run_ahead=run_ahead) as running:
+        outputs = [
+            o async for o in running.generate(prompt, 20, stop=(stop, "??"), include_stop=include)
+        ]
+        assert running.scheduler.blocks.num_used == 0
+    assert "".join(o.text for o in outputs) == text[: place + 3 * include]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (FinishReason.STOP, stop)
+    assert sum(len(o.token_ids) for o in outputs) == place + 3
+    # Nothing of it was shown before it was clear that it is one.
+    shown = ""
+    for output in outputs[:-1]:
+        shown += output.text
+        assert not any(shown.endswith(stop[:k]) for k in (1, 2))
+
+
+async def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
+    prompt = prompt_without_eos(8)
+    text = "".join(chr(ord("A") + t) for t in continuation(prompt, 8))
+    async with Running(tokenizer=letters()) as running:
+        outputs = [o async for o in running.generate(prompt, 8, stop=(text[-2:] + "?",))]
+    assert "".join(o.text for o in outputs) == text
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_stop_string_ends_its_sequence_though_nobody_reads() -> None:
+    prompt = prompt_without_eos(40)
+    text = "".join(chr(ord("A") + t) for t in continuation(prompt, 40))
+    async with Running(tokenizer=letters()) as running:
+        stream = running.generate(prompt, 40, stop=(text[6:9],))
+        await anext(stream)
+        while running.scheduler.running:
+            await asyncio.sleep(0)
+        assert running.engine.num_generated_tokens == text.index(text[6:9]) + 3
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("num_blocks", [16, 200], ids=["preempting", "roomy"])
+async def test_log_probabilities_come_with_their_tokens_and_the_prompts_come_first(
+    num_blocks: int,
+) -> None:
+    async with Running(num_blocks=num_blocks) as running:
+
+        async def check(prompt: list[int], max_tokens: int) -> None:
+            outputs = [
+                o async for o in running.generate(prompt, max_tokens, logprobs=1, prompt_logprobs=1)
+            ]
+            whole = [*prompt, *continuation(prompt, max_tokens)]
+            expected = [logprob_of(whole, at) for at in range(1, len(whole))]
+            of_prompt = [item for o in outputs for item in o.prompt_logprobs]
+            assert of_prompt == expected[: len(prompt) - 1]
+            assert not any(o.prompt_logprobs for o in outputs[1:])
+            assert [item for o in outputs for item in o.logprobs] == expected[len(prompt) - 1 :]
+            for output in outputs:
+                assert [item.token_id for item in output.logprobs] == [*output.token_ids]
+
+        await asyncio.gather(*(check(*request) for request in requests(30)))
+        assert bool(running.scheduler.num_preemptions) == (num_blocks == 16)
+
+
+async def test_a_request_for_no_token_only_looks_at_its_prompt() -> None:
+    prompt = [1] * CONTEXT  # as long as the context: there is no room for another token
+    async with Running() as running:
+        outputs = [o async for o in running.generate(prompt, 0, prompt_logprobs=0)]
+        assert running.engine.num_generated_tokens == 0
+    (output,) = outputs
+    assert (output.text, output.token_ids, output.finish_reason) == ("", (), FinishReason.LENGTH)
+    assert list(output.prompt_logprobs) == [logprob_of(prompt, at) for at in range(1, CONTEXT)]
+    assert output.usage == Usage(CONTEXT, 0, 0)
+
+
+async def test_the_observer_hears_of_every_step_token_and_request() -> None:
+    asked = requests(10)
+    async with Running() as running:
+        got = await asyncio.gather(*(running.tokens(*request) for request in asked))
+        notes = running.observer
+        assert sum(map(len, got)) == len(notes.first_tokens) + len(notes.next_tokens)
+        assert len(notes.first_tokens) == len(notes.records) == 10
+        assert len(notes.step_tokens) == running.scheduler.num_steps
+        for record in notes.records:
+            assert record.arrived <= record.scheduled <= record.first_token
+            assert record.first_token <= record.last_token <= record.ended
+            assert record.outcome in ("stop", "length")
+        totals = sorted(record.num_generated_tokens for record in notes.records)
+        assert totals == sorted(map(len, got))
+        running.workers.fail_at = running.scheduler.num_steps + 2
+        with pytest.raises(Unavailable):
+            await running.tokens(prompt_without_eos(20), 20)
+        assert notes.records[-1].outcome == "error"

@@ -518,6 +518,46 @@ def test_logits_of_the_ranks_are_those_of_the_whole_head(dtype: torch.dtype, tie
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_communication_is_counted_by_layer_and_from_each_join_anew() -> None:
+    parameters: Parameters = {
+        "model.embed_tokens.weight": (torch.randn(101, 12), 0, (Section("vocab", 101, 1),)),
+    }
+    for layer in (0, 1):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weight = torch.randn(12, 20)
+            parameters[f"model.layers.{layer}.{name}.weight"] = weight, 1, (Section("mlp", 20, 1),)
+    tensors, *_ = shards(parameters, CUTS)
+    tp = tensors.tp
+    embedding = VocabParallelEmbedding(tensors, "model.embed_tokens")
+    linears = [
+        RowParallelLinear(tensors, f"model.layers.{layer}.{block}", name)
+        for layer in (0, 1)
+        for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj"))
+    ]
+    fill(tensors, parameters)
+
+    def counted() -> list[tuple[str, str, int, int]]:
+        return [(s.module, s.operation, s.calls, s.payload_bytes) for s in tp.all_stats()]
+
+    def run() -> None:
+        x = embedding(torch.tensor([0, 5, 100]))
+        for linear in linears:
+            x = linear(linear.select(torch.cat((x, x), dim=1)[:, :20]))
+
+    run()
+    size = 3 * 12 * 4  # bytes of three tokens
+    expected = [
+        ("model.embed_tokens", "all_reduce", 1, size),
+        ("model.layers.0", "all_reduce", 2, 2 * size),
+        ("model.layers.1", "all_reduce", 2, 2 * size),
+    ]
+    assert counted() == expected
+    tp.renew(SingleCommunicator())
+    assert counted() == [(module, op, 0, 0) for module, op, *_ in expected]
+    run()
+    assert counted() == expected
+
+
 def test_a_whole_embedding_is_on_every_rank() -> None:
     weight = torch.randn(16, 4)
     parameters: Parameters = {"wpe.weight": (weight, None, ())}

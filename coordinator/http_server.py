@@ -1,0 +1,140 @@
+"""The HTTP API as a server, in the coordinator's event loop."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import uuid
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from colrow import __version__
+from colrow.errors import InvalidArgument, ServiceError
+from coordinator import http_errors
+from coordinator.cluster import Cluster
+from coordinator.http_api import REQUEST_ID, Api, RenderMetrics, checked_id
+from coordinator.http_stream import ClientGone
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 65  # longer than clients keep unused connections, so that none dies under a request
+
+
+class Outermost:
+    """Around the whole app: names every request, and logs bugs under its name."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = message["type"] == "http.response.body" and not message.get("more_body")
+            if message["type"] == "http.response.start":
+                request_id = scope.setdefault(REQUEST_ID, uuid.uuid4().hex)
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            asked = Request(scope).headers.get("x-request-id")
+            if asked is not None:
+                scope[REQUEST_ID] = checked_id(asked, "X-Request-Id")
+            await self._app(scope, receive, send_named)
+        except InvalidArgument as error:
+            await http_errors.response(http_errors.http_error(error))(scope, receive, send_named)
+        except Exception:
+            log.exception(
+                "%s %s (request %s) failed",
+                scope["method"],
+                scope["path"],
+                scope.get(REQUEST_ID, ""),
+            )
+            if not is_answered:
+                raise  # and the connection is closed
+
+
+def build(cluster: Cluster, render_metrics: RenderMetrics) -> ASGIApp:
+    """The API as an ASGI app."""
+    app = FastAPI(
+        title="Colrow",
+        summary="Tensor-parallel LLM inference",
+        version=__version__,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(Api(cluster, render_metrics).router())
+    app.add_exception_handler(HTTPException, http_errors.on_http_error)
+    app.add_exception_handler(RequestValidationError, http_errors.on_validation_error)
+    app.add_exception_handler(ServiceError, http_errors.on_service_error)
+    app.add_exception_handler(ClientGone, http_errors.on_client_gone)
+    app.add_exception_handler(Exception, http_errors.on_bug)
+    return Outermost(app)
+
+
+class _Server(uvicorn.Server):
+    """One that leaves signals to the process that it runs in."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """An ASGI app on a port, in the running event loop."""
+
+    def __init__(self, app: ASGIApp, *, stop_grace_s: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",  # of its own loggers
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=stop_grace_s,
+        )
+        self._server = _Server(config)
+        self._socket: socket.socket | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    def bind(self, host: str, port: int) -> int:
+        """Takes a port, any for 0, and returns it. InvalidArgument where it can't be had."""
+        bare = host.strip("[]")
+        family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        try:
+            self._socket = socket.create_server((bare, port), family=family)
+        except OSError as error:
+            raise InvalidArgument(
+                "http_port", port, f"can't be bound on {host} ({error.strerror})"
+            ) from error
+        return self._socket.getsockname()[1]
+
+    async def start(self) -> None:
+        """Serves the port that is bound."""
+        assert self._socket is not None, "bind it first"
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
+            await asyncio.sleep(0.001)
+
+    async def stop(self) -> None:
+        """Takes no new requests and gives running ones their grace."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+        elif self._socket is not None:
+            self._socket.close()

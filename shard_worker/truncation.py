@@ -1,0 +1,150 @@
+"""Top-k, top-p and min-p over logits that are split over the ranks.
+
+Each of them is a least logit that a token must have, so the ranks need to agree on no more than that
+number. Tokens as likely as the last one that is kept are all kept.
+
+Which collective comes next follows from gathered numbers by operations that IEEE 754 rounds in one way
+only. An exponential is not among them: it may differ by the processor, so the rank that has a logit
+takes it, and the result is what is gathered.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shard_worker.floats import from_ordered, to_ordered
+from shard_worker.sampling import Sampling
+from shard_worker.vocabulary import Vocabulary
+
+# How many of its likeliest tokens a rank shows where a top-p is looked for. A model that knows what to
+# say has far fewer in its top-p; other rows are searched digit by digit.
+_CANDIDATES = 64
+_DIGIT_BITS = 8
+_BASE = 1 << _DIGIT_BITS
+
+
+class Truncation:
+    """Finds the least logit that is kept of each row. All ranks find the same."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(
+        self, logits: Tensor, mass: Tensor, largest: Tensor, samplings: Sequence[Sampling]
+    ) -> Tensor | None:
+        """Finite float32 [num_rows, vocabulary of this rank] -> float32 [num_rows, 1]; None: keep all
+
+        `mass` (float64) is each token's probability but for a factor of its row, `largest` [num_rows, 1]
+        the logit of each row's likeliest token.
+        """
+        size = self.vocabulary.size
+        cut = [row for row, s in enumerate(samplings) if 0 < s.top_k < size or s.top_p < 1]
+        relative = any(s.min_p > 0 for s in samplings)
+        if not cut and not relative:
+            return None
+        if len(cut) == len(samplings):
+            least = self._top(logits, mass, samplings)
+        else:
+            least = torch.full_like(largest, float("-inf"))
+            if cut:
+                least[cut] = self._top(logits[cut], mass[cut], [samplings[row] for row in cut])
+        if relative:
+            least = torch.maximum(least, _min_p(largest, samplings))
+        # Whatever was rounded, the likeliest token stays.
+        return torch.minimum(least, largest)
+
+    def _top(self, logits: Tensor, mass: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+        """The least logit in the top-k and, of what that leaves, in the top-p; of rows with either"""
+        top_k = torch.tensor(
+            [[s.top_k if s.top_k < self.vocabulary.size else 0] for s in samplings],
+            device=logits.device,
+        )
+        nucleus = [row for row, s in enumerate(samplings) if s.top_p < 1]
+        count = max(int(top_k.max()), _CANDIDATES if nucleus else 0)
+        values, masses, unseen = self._candidates(logits, mass, count)
+        kth = values.gather(1, (top_k - 1).clamp_(min=0))
+        limited = top_k > 0
+        least = kth.masked_fill_(~limited, float("-inf"))
+        if not nucleus:
+            return least
+        # Probabilities count among what top-k has left.
+        total = mass.sum(-1, keepdim=True)
+        for row in nucleus:
+            if limited[row]:
+                total[row] = mass[row] @ (logits[row] >= least[row]).double()
+        top_p = mass.new_tensor([[s.top_p] for s in samplings])
+        wanted = top_p * self.vocabulary.gather(total).cumsum(-1)[:, -1:]
+        # The token that crosses top_p is the last one kept.
+        within = masses.mul_(values >= least).cumsum_(-1)
+        crossing = torch.searchsorted(within, wanted)
+        found = crossing < values.shape[1]
+        crossed = values.gather(1, crossing.clamp_(max=values.shape[1] - 1))
+        crossed.masked_fill_(~found | (top_p == 1), float("-inf"))
+        least = torch.maximum(least, crossed)
+        # A crossing is the true one when no likelier token was kept back.
+        sure = (crossed >= unseen) | (top_p == 1)
+        if unsure := (~sure).squeeze(1).nonzero().squeeze(1).tolist():
+            least[unsure] = self._search(logits[unsure], mass[unsure], wanted[unsure])
+        return least
+
+    def _candidates(
+        self, logits: Tensor, mass: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `count` likeliest tokens of every rank, or all it has, best first: their logits (float32)
+        and masses, and [num_rows, 1] a logit such that all likelier tokens are among them."""
+        counts = [min(count, size) for size in self.vocabulary.rank_sizes]
+        local, columns = logits.topk(counts[self.vocabulary.tp.rank], dim=-1)
+        payload = torch.cat((local.double(), mass.gather(1, columns)), dim=-1)
+        widths = [2 * n for n in counts]
+        pieces = self.vocabulary.gather(payload, widths).split(widths, dim=-1)
+        ranks = list(zip(pieces, counts, self.vocabulary.rank_sizes, strict=True))
+        unseen = logits.new_full((len(logits), 1), float("-inf"))
+        for piece, n, size in ranks:
+            if n < size:
+                unseen = torch.maximum(unseen, piece[:, n - 1 : n].float())
+        values = torch.cat([piece[:, :n] for piece, n, _ in ranks], dim=-1).float()
+        masses = torch.cat([piece[:, n:] for piece, n, _ in ranks], dim=-1)
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values, masses.gather(1, order), unseen
+
+    def _search(self, logits: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
+        """The greatest logit such that tokens of it and more have the wanted mass: [num_rows, 1]
+
+        A radix search: of the logits' bits, in an order in which integers compare as the numbers do, the
+        digits are found from the highest on, each from the mass of the tokens by that digit, summed over
+        the ranks. How flat a distribution is plays hardly a part in how long this takes.
+        """
+        # The tokens that begin with the digits found so far, a pair a row. Digits have no sign.
+        rows = [(to_ordered(x).long().add_(2**31), m) for x, m in zip(logits, mass, strict=True)]
+        above = torch.zeros_like(wanted)  # mass of the tokens above those
+        found = torch.zeros_like(wanted, dtype=torch.int64)
+        for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+            # Counted down from the highest digit, so that the likeliest come first.
+            digits = [(_BASE - 1) - ((keys >> shift) & (_BASE - 1)) for keys, _ in rows]
+            local = mass.new_zeros((len(rows), _BASE))
+            for sums, d, (_, m) in zip(local, digits, rows, strict=True):
+                sums.scatter_add_(0, d, m)
+            whole = self.vocabulary.gather_equal(local).cumsum(1)[:, -1]
+            reached = torch.cat((above, whole), dim=-1).cumsum_(-1)
+            digit = torch.searchsorted(reached[:, 1:].contiguous(), wanted).clamp_(max=_BASE - 1)
+            above = reached.gather(1, digit)
+            found = (found << _DIGIT_BITS) | ((_BASE - 1) - digit)
+            for row, inside in enumerate(map(torch.eq, digits, digit)):
+                keys, m = rows[row]
+                rows[row] = (keys[inside], m[inside])
+        # Where rounding has let no digit reach it the bits may be no number's: then all are kept.
+        return from_ordered((found - 2**31).int()).nan_to_num_(nan=torch.finfo(torch.float32).min)
+
+
+def _min_p(largest: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """The least logit of a token with p >= min_p · p_max: float32 [num_rows, 1]"""
+    wide = largest.double()
+    ratio = wide.new_tensor([[s.min_p] for s in samplings])
+    temperature = wide.new_tensor([[s.temperature] for s in samplings])
+    # p is proportional to exp(logit / temperature).
+    exact = wide + temperature * ratio.log_()
+    # Rounded up, so that no float32 comes between.
+    bound = exact.float()
+    higher = torch.nextafter(bound, torch.full_like(bound, float("inf")))
+    return torch.where(bound < exact, higher, bound)
