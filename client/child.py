@@ -27,6 +27,7 @@ def _end_with_stdin() -> None:
     while os.read(_STDIN, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)  # nobody is left for whom requests should finish
     time.sleep(STOP_TIMEOUT_S)
     os._exit(1)  # it hangs, and nobody is left who could kill it
 

@@ -106,7 +106,8 @@ def serve(
         try:
             while True:
                 time.sleep(POLL_S)
-                started.local.check()
+                for message in started.local.supervise():
+                    out.print(message, style="yellow", markup=False)
         except KeyboardInterrupt:
             out.print("Stopping.")
             raise

@@ -40,6 +40,8 @@ STOP_TIMEOUT_S = 8.0  # until SIGKILL; each service gives running calls 2 s
 SETTLE_TIMEOUT_S = 3.0  # how long a failure is looked into for a process that ended
 POLL_S = 0.02
 LAST_LINES = 10
+MAX_FAILURES = 5  # of one worker within the window; then it is not started again
+FAILURE_WINDOW_S = 60.0
 
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -77,20 +79,25 @@ class Process:
             return None
         return int(text) if text.endswith("\n") else None  # else half written
 
-    def obituary(self) -> str:
-        """How the process, which has ended, did so."""
+    def how_it_ended(self) -> str:
+        """In a few words, of a process that has ended."""
         code = self.popen.returncode
         how = f"ended with exit code {code}"
         if code < 0:
             with contextlib.suppress(ValueError):  # a signal that Python has no name for
                 how = f"was killed by {signal.Signals(-code).name}"
+        return f"{self.name} {how}"
+
+    def obituary(self) -> str:
+        """How the process, which has ended, did so, and what it said last."""
+        how = self.how_it_ended()
         words = self.last_words()
         reason = words.splitlines()[-1:]
         if reason and reason[0].startswith(("colrow coordinator: ", "colrow worker: ")):
             # The service said itself what is wrong, in one line.
-            return f"{self.name} {how}: {reason[0].partition(': ')[2]}"
+            return f"{how}: {reason[0].partition(': ')[2]}"
         said = f"; its last words:\n{_indent(words)}" if words else "; it said nothing"
-        return f"{self.name} {how}{said}"
+        return f"{how}{said}"
 
 
 def _indent(text: str) -> str:
@@ -142,6 +149,9 @@ class LocalCluster:
         self.processes: list[Process] = []
         self._coordinator_args = tuple(coordinator_args)
         self._worker_args = tuple(worker_args)
+        self._worker_ports: list[int] = []
+        self._ends: dict[int, list[float]] = {}  # of workers by rank: when they ended
+        self._restart_at: dict[int, float | None] = {}
         self._temporary_folder: Path | None = None
         self._failed = False
 
@@ -189,36 +199,45 @@ class LocalCluster:
         self.log_folder.mkdir(parents=True, exist_ok=True)
         # With one thread a core in all; more would fight for the cores while they wait for each other.
         threads = max(1, num_cores() // self.tp)
+        self._worker_args = ("--threads", str(threads), *self._worker_args)
         for rank in range(self.tp):
-            self._spawn(
-                f"worker {rank}",
-                "shard_worker",
-                # Port 0: a port that is chosen here might be taken before the worker binds it.
-                *("--port", "0", "--threads", str(threads), *self._worker_args),
-            )
+            # Port 0: a port that is chosen here might be taken before the worker binds it.
+            self.processes.append(self._spawn_worker(rank, 0))
         workers = list(self.processes)
         ports = self._wait_for_ports(workers, "Starting the shard workers", report)
+        self._worker_ports = ports
         http_port_file = self.log_folder / "coordinator.http-port"
-        self._spawn(
-            "coordinator",
-            "coordinator",
-            *("--model", str(self.model), "--host", self.host),
-            *("--grpc-port", str(self.grpc_port), "--dtype", self.dtype),
-            *("--http-port", str(self.http_port), "--http-port-file", str(http_port_file)),
-            *("--workers", ",".join(f"127.0.0.1:{port}" for port in ports)),
-            *self._coordinator_args,
+        self.processes.append(
+            self._spawn(
+                "coordinator",
+                "coordinator",
+                *("--model", str(self.model), "--host", self.host),
+                *("--grpc-port", str(self.grpc_port), "--dtype", self.dtype),
+                *("--http-port", str(self.http_port), "--http-port-file", str(http_port_file)),
+                *("--workers", ",".join(f"127.0.0.1:{port}" for port in ports)),
+                *self._coordinator_args,
+            )
         )
         started = self.processes[-1:]
         (self.grpc_port,) = self._wait_for_ports(started, "Starting the coordinator", report)
         self.http_port = int(http_port_file.read_text())
 
-    def _spawn(self, name: str, module: str, *arguments: str) -> None:
+    def _spawn_worker(self, rank: int, port: int) -> Process:
+        return self._spawn(
+            f"worker {rank}",
+            "shard_worker",
+            *("--port", str(port), *self._worker_args),
+            restarts=port != 0,
+        )
+
+    def _spawn(self, name: str, module: str, *arguments: str, restarts: bool = False) -> Process:
         assert self.log_folder is not None
         file_name = name.replace(" ", "-")
         log = self.log_folder / f"{file_name}.log"
         port_file = self.log_folder / f"{file_name}.port"
         port_file.unlink(missing_ok=True)  # of an earlier cluster with these logs
-        with log.open("wb") as output:
+        # A worker that is started again goes on where the one before it stopped.
+        with log.open("ab" if restarts else "wb") as output:
             popen = subprocess.Popen(
                 # -P: without it child.py's folder, `client`, would come first on the import path.
                 [
@@ -233,7 +252,7 @@ class LocalCluster:
                 # services stop is ours to choose.
                 process_group=0,
             )
-        self.processes.append(Process(name, popen, log, port_file))
+        return Process(name, popen, log, port_file)
 
     def _wait_for_ports(
         self, processes: Sequence[Process], description: str, report: Progress
@@ -263,6 +282,40 @@ class LocalCluster:
             if process.popen.poll() is not None:
                 self._failed = True
                 raise ClusterError(f"{process.obituary()}\n    its log: {process.log}")
+
+    def supervise(self) -> list[str]:
+        """Starts workers again that have ended, where the coordinator looks for them; what was done.
+
+        The first time at once, then after longer and longer pauses. To be called all the time. Raises
+        ClusterError, with its last words, when the coordinator has ended or a worker does not stay up.
+        """
+        done = []
+        now = time.monotonic()
+        for rank, process in enumerate(self.processes[: self.tp]):
+            if process.popen.poll() is None:
+                continue
+            ends = self._ends.setdefault(rank, [])
+            if self._restart_at.get(rank) is None:
+                ends[:] = [*(end for end in ends if now - end < FAILURE_WINDOW_S), now]
+                if len(ends) > MAX_FAILURES:
+                    self._failed = True
+                    raise ClusterError(
+                        f"{process.obituary()}\n    for the {len(ends)}th time within "
+                        f"{FAILURE_WINDOW_S:g} s; its log: {process.log}"
+                    )
+                pause_s = 0.0 if len(ends) == 1 else 0.5 * 2 ** (len(ends) - 2)
+                self._restart_at[rank] = now + pause_s
+                done.append(f"{process.how_it_ended()}; it is started again")
+            at = self._restart_at[rank]
+            if at is not None and now >= at:
+                assert process.popen.stdin is not None
+                process.popen.stdin.close()
+                self.processes[rank] = self._spawn_worker(rank, self._worker_ports[rank])
+                self._restart_at[rank] = None
+        for process in self.processes[self.tp :]:
+            if process.popen.poll() is not None:
+                self.check()
+        return done
 
     def wait_until_serving(
         self, timeout_s: float, on_cluster: OnCluster | None = None
@@ -339,10 +392,13 @@ class LocalCluster:
 
 
 def _terminate(processes: Iterable[Process]) -> None:
-    """SIGTERM, and up to STOP_TIMEOUT_S for all of them to end."""
+    """A signal, and up to STOP_TIMEOUT_S for all of them to end."""
     processes = list(processes)
     for process in processes:
+        # The second one for a coordinator, which would let its requests finish; the first for a
+        # process that does not listen to signals yet.
         process.popen.terminate()
+        process.popen.send_signal(signal.SIGINT)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,7 @@
 """Starts the coordinator: `python -m coordinator`, or `colrow coordinator`."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import signal
@@ -24,8 +25,33 @@ log = logging.getLogger("coordinator")
 STOP_GRACE_S = 2.0
 
 
+async def _until_told_to_stop(cluster: Cluster, drain_timeout_s: float) -> None:
+    """Returns on SIGINT, on a second SIGTERM, and after a first one when requests have ended."""
+    draining, stopping = asyncio.Event(), asyncio.Event()
+
+    def terminate() -> None:
+        (stopping if draining.is_set() else draining).set()
+
+    async def drain() -> None:
+        await draining.wait()
+        log.info("draining")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_timeout_s):
+                await cluster.drain()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    loop.add_signal_handler(signal.SIGINT, stopping.set)
+    ways = asyncio.create_task(drain()), asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            way.cancel()
+
+
 async def serve(config: CoordinatorConfig) -> None:
-    """Serves until SIGTERM or SIGINT, or until the cluster fails; then raises its error."""
+    """Serves until a signal ends it, or until the cluster can't come up; then raises its error."""
     group = ShardGroup(
         [WorkerClient(address) for address in config.workers],
         step_timeout_s=config.step_timeout_s,
@@ -54,12 +80,9 @@ async def serve(config: CoordinatorConfig) -> None:
         async for _ in cluster.changes(None):
             await server.set_serving(cluster.state is State.SERVING)
 
-    stopping = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stopping.set)
     running = asyncio.create_task(cluster.run())
     health = asyncio.create_task(follow_health())
-    stop = asyncio.create_task(stopping.wait())
+    stop = asyncio.create_task(_until_told_to_stop(cluster, config.drain_timeout_s))
     await asyncio.wait((running, stop), return_when=asyncio.FIRST_COMPLETED)
     log.info("stopping")
     try:

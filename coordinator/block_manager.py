@@ -39,13 +39,17 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._references = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._last_id = ROOT
+        self.clear()
+
+    def clear(self) -> None:
+        """Makes every block free and forgets what they held. No table may be in use any more."""
+        self._references = [0] * self.num_blocks
+        self._free = list(range(self.num_blocks - 1, -1, -1))
         # Free blocks that are cached, the least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._cached: dict[Key, tuple[int, int]] = {}  # to the block and its id
         self._keys: dict[int, Key] = {}  # of the cached blocks
-        self._last_id = ROOT
 
     @property
     def num_free(self) -> int:

@@ -5,12 +5,19 @@ import contextlib
 import enum
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from colrow.errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ServiceError,
+    Unavailable,
+)
 from coordinator.block_manager import BlockManager
 from coordinator.config import CoordinatorConfig
 from coordinator.engine import Engine, Observer
@@ -27,6 +34,9 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 STATUS_TIMEOUT_S = 2.0
+RECOVERY_ATTEMPT_S = 10.0  # for lost workers to be back, before it is tried anew
+RECOVERY_PAUSE_S = 0.2
+GIVEN_UP_RETRY_S = 10.0
 
 
 class State(enum.Enum):
@@ -34,6 +44,8 @@ class State(enum.Enum):
     JOINING = "joining"
     LOADING = "loading"
     SERVING = "serving"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -95,13 +107,24 @@ class Cluster:
         self.scheduler: Scheduler | None = None
         self.engine_or_none: Engine | None = None
         self._observer = observer
+        self.num_recoveries = 0
+        self.is_draining = False
         self._limits: ModelLimits | None = None
         self._changed = asyncio.Event()
 
     @property
     def engine(self) -> Engine:
-        """The engine while the cluster serves; Unavailable, with a time to retry, before and after."""
-        if self.engine_or_none is None or self.state is not State.SERVING:
+        """The engine while the cluster serves; Unavailable, with a time to retry, before and after.
+
+        While it recovers from the loss of a worker requests are taken too: they wait.
+        """
+        if self.is_draining:
+            raise Unavailable(
+                "the coordinator finishes what runs and takes nothing new",
+                reason="DRAINING",
+                retry_after_s=1.0,
+            )
+        if self.engine_or_none is None or self.state not in (State.SERVING, State.RECOVERING):
             raise Unavailable(
                 f"the cluster is {self.state.value}" + (f": {self.error}" if self.error else ""),
                 reason="NOT_SERVING",
@@ -118,17 +141,97 @@ class Cluster:
         return min(limit, self.config.max_model_len or limit)
 
     async def run(self) -> None:
-        """Brings the cluster up and steps it until cancelled; a failure is kept in `error`."""
+        """Brings the cluster up and steps it until cancelled, through any number of lost workers.
+
+        Raises ServiceError or ValueError, kept in `error` too, when it can't come up at first.
+        """
         try:
             engine = await self._start()
-            self._set_state(State.SERVING)
-            await engine.run()
         except (ServiceError, ValueError) as error:
-            self.error = str(error)
-            log.error("the cluster failed: %s", error)
-            self._set_state(State.FAILED)
-            await self.group.abort()
+            await self._fail(error)
             raise
+        try:
+            while True:
+                self._set_state(State.DRAINING if self.is_draining else State.SERVING)
+                try:
+                    await self._step(engine)
+                except ServiceError as error:
+                    await self._recover(engine, error)
+        except asyncio.CancelledError:
+            engine.fail(Unavailable("the coordinator has stopped", reason="STOPPED"))
+            raise
+        except Exception as error:
+            engine.fail(Internal(f"the coordinator failed: {error!r}"))
+            await self._fail(error)
+            raise
+
+    async def _fail(self, error: Exception) -> None:
+        self.error = str(error)
+        log.error("the cluster failed: %s", error)
+        self._set_state(State.FAILED)
+        await self.group.abort()
+
+    async def _step(self, engine: Engine) -> None:
+        """Until a step fails, or a worker gives no sign of life."""
+        tasks = (
+            asyncio.create_task(engine.run()),
+            asyncio.create_task(self.group.watch(self.config.heartbeat_timeout_s)),
+        )
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _recover(self, engine: Engine, error: ServiceError) -> None:
+        """Forms the group anew, however long that takes; requests wait for `recovery_timeout_s`."""
+        began = time.monotonic()
+        self.num_recoveries += 1
+        self.error = str(error)
+        log.error("epoch %d ended: %s", self.group.epoch, error)
+        self._set_state(State.RECOVERING)
+        giving_up = asyncio.get_running_loop().call_later(
+            self.config.recovery_timeout_s, self._give_requests_up, engine
+        )
+        try:
+            while True:
+                await self.group.abort()
+                try:
+                    await self._form(RECOVERY_ATTEMPT_S)
+                    break
+                except ServiceError as failure:
+                    self.error = str(failure)
+                    log.warning("the group can't form: %s", failure)
+                    self._notify()
+                    await asyncio.sleep(RECOVERY_PAUSE_S)
+        finally:
+            giving_up.cancel()
+        self.error = ""
+        log.info("epoch %d goes on after %.2f s", self.group.epoch, time.monotonic() - began)
+
+    def _give_requests_up(self, engine: Engine) -> None:
+        limit = self.config.recovery_timeout_s
+        log.error("not recovered within %g s: requests fail", limit)
+        engine.fail(
+            Unavailable(
+                f"the cluster has not recovered within {limit:g} s: {self.error}",
+                reason="NOT_RECOVERED",
+                retry_after_s=GIVEN_UP_RETRY_S,
+            )
+        )
+
+    async def _form(self, timeout_s: float) -> None:
+        """Joins the workers, in a new epoch, and has them loaded and ready for step 1."""
+        assert self.plan is not None and self.scheduler is not None
+        await self.group.describe(timeout_s)
+        self.group.check_versions()
+        await self.group.join(self.group.choose_transport(self.config.transport))
+        if self.state is not State.RECOVERING:
+            self._set_state(State.LOADING)
+        await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
+        blocks = self.scheduler.blocks
+        await self.group.allocate(blocks.num_blocks, blocks.block_size)
 
     async def _start(self) -> Engine:
         config, spec = self.config, self.model.spec
@@ -147,11 +250,6 @@ class Cluster:
         self.plan = make_plan(spec, self.group.size, dtype=config.dtype, memory_weights=weights)
         num_blocks, self._limits = self._size_cache(self.plan)
 
-        self._set_state(State.JOINING)
-        await self.group.join(self.group.choose_transport(config.transport))
-        self._set_state(State.LOADING)
-        await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
-        await self.group.allocate(num_blocks, config.block_size)
         self.scheduler = Scheduler(
             BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_batched_tokens=config.max_batched_tokens,
@@ -166,6 +264,8 @@ class Cluster:
             max_waiting=config.max_waiting,
             observer=self._observer,
         )
+        self._set_state(State.JOINING)
+        await self._form(config.startup_timeout_s)
         return self.engine_or_none
 
     def _size_cache(self, plan: ShardPlan) -> tuple[int, ModelLimits]:
@@ -193,6 +293,14 @@ class Cluster:
         cache_tokens = num_blocks * config.block_size
         context = min(context, cache_tokens)
         return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids, cache_tokens)
+
+    async def drain(self) -> None:
+        """Takes no new requests from now on; returns when those that run have ended."""
+        self.is_draining = True
+        if self.state is State.SERVING:
+            self._set_state(State.DRAINING)
+        if self.engine_or_none is not None:
+            await self.engine_or_none.idle()
 
     def _set_state(self, state: State) -> None:
         self.state = state

@@ -36,6 +36,9 @@ class CoordinatorConfig:
     run_ahead: int
     startup_timeout_s: float
     step_timeout_s: float
+    heartbeat_timeout_s: float
+    recovery_timeout_s: float
+    drain_timeout_s: float
     log_level: str
     log_format: str
     otlp_endpoint: str
@@ -105,6 +108,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--run-ahead", type=int, default=2, help="steps sent before the oldest one is read")
     add("--startup-timeout", type=float, default=300.0, help="seconds for workers to come up")
     add("--step-timeout", type=float, default=60.0, help="seconds after which a step has failed")
+    add(
+        "--heartbeat-timeout",
+        type=float,
+        default=2.0,
+        help="seconds without a sign of life after which a worker is lost",
+    )
+    add(
+        "--recovery-timeout",
+        type=float,
+        default=120.0,
+        help="seconds that requests wait for lost workers to be back before they fail",
+    )
+    add(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        help="seconds that running requests have to end after SIGTERM; SIGINT waits for none",
+    )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--log-format", choices=FORMATS, default="text", help="json is one object a line")
     add(
@@ -138,6 +159,9 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         "run_ahead",
         "startup_timeout",
         "step_timeout",
+        "heartbeat_timeout",
+        "recovery_timeout",
+        "drain_timeout",
     )
     for name in positive:
         value = getattr(flags, name)
@@ -188,6 +212,9 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         run_ahead=flags.run_ahead,
         startup_timeout_s=flags.startup_timeout,
         step_timeout_s=flags.step_timeout,
+        heartbeat_timeout_s=flags.heartbeat_timeout,
+        recovery_timeout_s=flags.recovery_timeout,
+        drain_timeout_s=flags.drain_timeout,
         log_level=flags.log_level,
         log_format=flags.log_format,
         otlp_endpoint=flags.otlp_endpoint,

@@ -86,6 +86,8 @@ _STATE_VALUES = {
     State.JOINING: _control_pb.CLUSTER_STATE_JOINING,
     State.LOADING: _control_pb.CLUSTER_STATE_LOADING,
     State.SERVING: _control_pb.CLUSTER_STATE_SERVING,
+    State.RECOVERING: _control_pb.CLUSTER_STATE_RECOVERING,
+    State.DRAINING: _control_pb.CLUSTER_STATE_DRAINING,
     State.FAILED: _control_pb.CLUSTER_STATE_FAILED,
     State.STOPPED: _control_pb.CLUSTER_STATE_STOPPED,
 }

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Protocol
 
-from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
+from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError
 from coordinator.request import ModelLimits, Output, Request, RequestRecord
 from coordinator.scheduler import Scheduler, Step, StepOutput
 from coordinator.sequence import Sequence, TokenLogprobs
@@ -91,34 +91,41 @@ class Engine:
         self._choices: dict[int, tuple[Choice, Stream]] = {}  # by sequence id
         self._ids = itertools.count(1)
         self._work = asyncio.Event()
+        self._ended = asyncio.Event()
         self._error: ServiceError | None = None
 
     async def run(self) -> None:
-        """Steps until cancelled or until a step fails; then every stream fails with that error."""
-        error: ServiceError = Unavailable("the engine has stopped", reason="STOPPED")
-        try:
-            while True:
-                while len(self._in_flight) < self._run_ahead and (
-                    step := self.scheduler.schedule()
-                ):
-                    self._in_flight.append(step)
-                    self._note_sent(step)
-                    await self._steps.send(step)
-                if self._in_flight:
-                    self._apply(self._in_flight.popleft(), await self._steps.receive())
-                else:
-                    self._work.clear()
-                    await self._work.wait()
-        except ServiceError as failure:
-            error = Unavailable(
-                f"a step failed: {failure}", reason="STEP_FAILED", retry_after_s=5.0
-            )
-            raise
-        finally:
-            self._error = error
-            for _, stream in self._choices.values():
-                stream.error = error
-                stream.ready.set()
+        """Steps until cancelled or until a step fails.
+
+        Requests outlive it: `run` again, on workers that know nothing, continues them from the tokens
+        that were read. `fail` ends them.
+        """
+        self._in_flight.clear()
+        self.scheduler.restart()
+        self._error = None
+        while True:
+            while len(self._in_flight) < self._run_ahead and (step := self.scheduler.schedule()):
+                self._in_flight.append(step)
+                self._note_sent(step)
+                await self._steps.send(step)
+            if self._in_flight:
+                self._apply(self._in_flight.popleft(), await self._steps.receive())
+            else:
+                self._work.clear()
+                await self._work.wait()
+
+    def fail(self, error: ServiceError) -> None:
+        """Ends every request with an error, and refuses new ones with it until `run` runs again."""
+        self._error = error
+        for _, stream in self._choices.values():
+            stream.error = error
+            stream.ready.set()
+
+    async def idle(self) -> None:
+        """Returns when no request is left."""
+        while self._choices:
+            self._ended.clear()
+            await self._ended.wait()
 
     def _note_sent(self, step: Step) -> None:
         self._observer.step(sum([chunk.num_tokens for chunk in step.chunks]))
@@ -255,5 +262,6 @@ class Engine:
                 del self._choices[choice.sequence.sequence_id]
                 if choice.sequence.finish_reason is None:
                     self.scheduler.remove(choice.sequence)
+            self._ended.set()
             stream.record.ended = time.monotonic()
             self._observer.ended(stream.record)

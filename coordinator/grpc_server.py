@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from colrow.errors import InvalidArgument, NotFound, ResourceExhausted, Unimplemented
+from colrow.errors import InvalidArgument, NotFound, ResourceExhausted
 from colrow.rpc import MAX_MESSAGE_BYTES, Server
 from colrow.v1 import (
     control_service_pb2,
@@ -191,7 +191,8 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
     async def Drain(
         self, request: _control_pb.DrainRequest, context: grpc.aio.ServicerContext
     ) -> _control_pb.DrainResponse:
-        raise Unimplemented("Drain is not there yet")
+        await self._cluster.drain()
+        return _control_pb.DrainResponse()
 
 
 def build(cluster: Cluster) -> Server:

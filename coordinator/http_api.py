@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from colrow import __version__
-from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError
+from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from coordinator import request as engine_request
-from coordinator.cluster import Cluster
+from coordinator.cluster import Cluster, State
 from coordinator.engine import Engine
 from coordinator.http_body import StrictRoute
 from coordinator.http_errors import HttpError, http_error
@@ -301,8 +301,12 @@ class Api:
 
     async def health(self) -> Response:
         """200 while the cluster serves, 503 with its state else."""
-        _ = self._cluster.engine
-        return _json(Health(status=self._cluster.state.value))
+        state = self._cluster.state
+        if state is not State.SERVING:
+            raise Unavailable(
+                f"the cluster is {state.value}", reason="NOT_SERVING", retry_after_s=1.0
+            )
+        return _json(Health(status=state.value))
 
     async def version(self) -> Response:
         return _json(Version(version=__version__))

@@ -8,9 +8,8 @@ from typing import Any
 import fastapi
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect
 
-from coordinator.http_errors import HttpError
+from coordinator.http_errors import ClientGone, HttpError
 
 MAX_BODY_BYTES = 16 * 2**20
 # A client that still sends when it is answered may never read why; so much more is taken and dropped.
@@ -37,30 +36,30 @@ class StrictRequest(fastapi.Request):
                 code="unsupported_media_type",
             )
         length = self.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-            await self._refuse()
+        is_too_large = length.isdecimal() and int(length) > MAX_BODY_BYTES
         chunks: list[bytes] = []
         size = 0
-        async for chunk in self.stream():
-            size += len(chunk)
-            if size > MAX_BODY_BYTES:
-                chunks.clear()
-                await self._refuse()
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-    async def _refuse(self) -> None:
-        dropped = 0
-        with contextlib.suppress(TimeoutError, ClientDisconnect):
-            async with asyncio.timeout(MAX_DROPPING_S):
-                while dropped < MAX_DROPPED_BYTES:
+        has_more = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as patience:
+                while has_more and size < MAX_BODY_BYTES + MAX_DROPPED_BYTES:
+                    if is_too_large and patience.when() is None:
+                        chunks.clear()
+                        patience.reschedule(asyncio.get_running_loop().time() + MAX_DROPPING_S)
                     message = await self.receive()
-                    dropped += len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        break
-        raise HttpError(
-            413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large"
-        )
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunk = message.get("body", b"")
+                    has_more = message.get("more_body", False)
+                    size += len(chunk)
+                    is_too_large = is_too_large or size > MAX_BODY_BYTES
+                    if not is_too_large:
+                        chunks.append(chunk)
+        if is_too_large:
+            raise HttpError(
+                413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large"
+            )
+        return b"".join(chunks)
 
     async def json(self) -> Any:
         # pydantic's parser refuses what Python's lets through: NaN, half a surrogate pair, nesting

@@ -30,6 +30,10 @@ STATUSES = {
 TYPES = {429: "rate_limit_error"}
 
 
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class HttpError(HTTPException):
     """An error with its HTTP status. `param` names a field of the request, `code` the kind of error."""
 
@@ -101,9 +105,10 @@ def validation_error(error: RequestValidationError) -> HttpError:
     problem = first["ctx"]["problem"] if "problem" in first.get("ctx", {}) else first["msg"]
     problem = problem[:1].lower() + problem[1:]
     code = UNSUPPORTED if first["type"] == UNSUPPORTED else "invalid_value"
-    return HttpError(
-        400, f"{path} = {reprlib.repr(first['input'])}: {problem}", param=path, code=code
-    )
+    value = first["input"]
+    # Of what is larger the name has to be enough.
+    shown = "" if isinstance(value, dict | list) else f" = {reprlib.repr(value)}"
+    return HttpError(400, f"{path}{shown}: {problem}", param=path, code=code)
 
 
 def response(error: HttpError) -> Response:

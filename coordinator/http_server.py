@@ -18,7 +18,6 @@ from colrow.errors import InvalidArgument, ServiceError
 from coordinator import http_errors
 from coordinator.cluster import Cluster
 from coordinator.http_api import REQUEST_ID, Api, RenderMetrics, checked_id
-from coordinator.http_stream import ClientGone
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def build(cluster: Cluster, render_metrics: RenderMetrics) -> ASGIApp:
     app.add_exception_handler(HTTPException, http_errors.on_http_error)
     app.add_exception_handler(RequestValidationError, http_errors.on_validation_error)
     app.add_exception_handler(ServiceError, http_errors.on_service_error)
-    app.add_exception_handler(ClientGone, http_errors.on_client_gone)
+    app.add_exception_handler(http_errors.ClientGone, http_errors.on_client_gone)
     app.add_exception_handler(Exception, http_errors.on_bug)
     return Outermost(app)
 

@@ -13,17 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from colrow.errors import ServiceError
 from coordinator.engine import Engine
-from coordinator.http_errors import http_error, internal_error
+from coordinator.http_errors import ClientGone, http_error, internal_error
 from coordinator.openai_answers import Answer
 from coordinator.request import Output, Request
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -85,6 +85,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_steps = 0
+        self._last_step_id = 0
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
@@ -129,8 +130,22 @@ class Scheduler:
         if not chunks:
             return None
         self.num_steps += 1
+        self._last_step_id += 1
         finished, self._to_forget = tuple(self._to_forget), []
-        return Step(self.num_steps, finished, tuple(new), tuple(chunks))
+        return Step(self._last_step_id, finished, tuple(new), tuple(chunks))
+
+    def restart(self) -> None:
+        """The workers know nothing any more: all is computed anew, from the tokens that were read.
+
+        Steps are counted from 1 again.
+        """
+        self.blocks.clear()
+        self.waiting = sorted((*self.running, *self.waiting), key=_rank)
+        self.running = []
+        for sequence in self.waiting:
+            sequence.restart()
+        self._to_forget = []
+        self._last_step_id = 0
 
     def _continue_running(self) -> tuple[list[Chunk], int]:
         """Chunks of the running sequences, and how many tokens the step has left."""

@@ -109,6 +109,13 @@ class Sequence:
             and (self.is_known_to_workers or self.num_pending == 0)
         )
 
+    def restart(self) -> None:
+        """Nothing of it is computed any more, and what was still to be read never comes."""
+        self.table = BlockTable()
+        self.num_scheduled = 0
+        self.num_tokens = len(self.prompt) + len(self.output)
+        self.is_known_to_workers = False
+
     def append(self, token_id: int) -> None:
         """Takes a token that was pending and sees whether the sequence ends with it."""
         self.output.append(token_id)

@@ -14,7 +14,13 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from colrow import __version__
-from colrow.errors import DeadlineExceeded, FailedPrecondition, Internal, ServiceError
+from colrow.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    ServiceError,
+    Unavailable,
+)
 from coordinator.scheduler import Step, StepOutput
 from coordinator.shard_plan import ShardPlan
 
@@ -23,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_TIMEOUT_S = 30.0
+HEARTBEAT_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +197,23 @@ class ShardGroup:
                 log.debug("worker %d (%s): %s", rank, worker.address, error)
 
         await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
+
+    async def watch(self, timeout_s: float) -> None:
+        """Asks every worker for a sign of life, again and again; returns never.
+
+        Unavailable, naming the worker, when one does not answer within `timeout_s` or has left the
+        group, as one does that was restarted.
+        """
+
+        async def one(rank: int, worker: Worker) -> None:
+            while True:
+                description = await worker.describe(timeout_s)
+                self.statuses[rank].description = description
+                if (description.epoch, description.size) != (self.epoch, self.size):
+                    raise Unavailable("has left the group", reason="WORKER_LEFT")
+                await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+        await self._all(one)
 
     def check_versions(self) -> None:
         """FailedPrecondition when a worker is of another version than the coordinator."""

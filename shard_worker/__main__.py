@@ -31,11 +31,13 @@ async def serve(config: WorkerConfig) -> None:
     if config.port_file is not None:
         config.port_file.write_text(f"{port}\n")
 
+    lease = asyncio.create_task(executor.keep_lease())
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stopping.set)
     await stopping.wait()
     log.info("stopping")
+    lease.cancel()
     await server.stop(STOP_GRACE_S)
     await executor.close()
 

@@ -17,6 +17,7 @@ class WorkerConfig:
     advertise_host: str
     device: str
     num_threads: int
+    lease_s: float
     log_level: str
     log_format: str
     port_file: Path | None = None
@@ -44,6 +45,12 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         help="CPU threads for computing; with one worker a core, 1",
     )
     parser.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        help="seconds without a call of a coordinator after which weights and cache are freed",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     parser.add_argument(
@@ -57,12 +64,15 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         parser.error(f"--port {flags.port}: is not in [0, 65535]")
     if flags.threads < 1:
         parser.error(f"--threads {flags.threads}: is not positive")
+    if not 0 < flags.lease < float("inf"):
+        parser.error(f"--lease {flags.lease}: is no time")
     return WorkerConfig(
         host=flags.host,
         port=flags.port,
         advertise_host=flags.advertise_host or flags.host,
         device=flags.device,
         num_threads=flags.threads,
+        lease_s=flags.lease,
         log_level=flags.log_level,
         log_format=flags.log_format,
         port_file=flags.port_file,

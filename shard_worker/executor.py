@@ -6,11 +6,16 @@ checks or `abort`.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import enum
+import gc
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +127,13 @@ class _Shard:
         return sum(self.model.lm_head.rank_sizes)
 
 
+def _give_memory_back() -> None:
+    """To the system, what is free: glibc keeps it, for it might be wanted again."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def host_id() -> str:
     """Equal for processes that can share memory: one kernel, one /dev/shm."""
     try:
@@ -141,6 +153,9 @@ class Executor:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._state = State.IDLE
         self._last_epoch = 0
+        self._calls = 0
+        self._called_at = time.monotonic()
+        self._abandoned = threading.Event()  # set to end a join that is under way
         self._group: Group | None = None
         self._tp: TensorParallel | None = None
         self._store: Any = None
@@ -211,10 +226,16 @@ class Executor:
         if not 0 <= timeout_s < float("inf"):  # also refuses NaN
             raise InvalidArgument("timeout_s", timeout_s, "is no time to wait")
         self._last_epoch, self._group = group.epoch, group
+        self._abandoned = abandoned = threading.Event()
         try:
-            comm = await self._on_device(lambda: self._join(group, communicator_id, timeout_s))
+            comm = await self._on_device(
+                lambda: self._join(group, communicator_id, timeout_s, abandoned)
+            )
         except BaseException:
-            self._group = None
+            # Also when the caller is gone: nobody waits for the others then.
+            abandoned.set()
+            if self._group is group:
+                self._group = None
             raise
         if self._group is not group:
             comm.close()
@@ -226,7 +247,9 @@ class Executor:
         self._state = State.JOINED
         log.info("joined epoch %d as rank %d of %d over %s", *_fields(group))
 
-    def _join(self, group: Group, communicator_id: bytes, timeout_s: float) -> Any:
+    def _join(
+        self, group: Group, communicator_id: bytes, timeout_s: float, abandoned: threading.Event
+    ) -> Any:
         store, self._store = self._store, None
         match group.transport:
             case "single":
@@ -235,7 +258,11 @@ class Executor:
                 return SingleCommunicator()
             case "shm":
                 return ShmCommunicator.join(
-                    communicator_id, group.rank, group.size, timeout_s=timeout_s
+                    communicator_id,
+                    group.rank,
+                    group.size,
+                    timeout_s=timeout_s,
+                    abandoned=abandoned,
                 )
             case "gloo":
                 return GlooCommunicator.join(
@@ -245,6 +272,7 @@ class Executor:
                     timeout_s=timeout_s,
                     store=store,
                     interface_host=self._config.advertise_host,
+                    abandoned=abandoned,
                 )
         raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo")
 
@@ -369,12 +397,43 @@ class Executor:
                 f"epoch = {epoch}: the group's is {self._group.epoch}", reason="STALE_EPOCH"
             )
         log.info("aborting epoch %d", epoch)
+        self._abandoned.set()
         self._group, self._runner = None, None
         self._state = State.IDLE
         if self._tp:
             comm = self._tp.comm
             comm.abort()
             await self._on_device(comm.close)
+
+    async def keep_lease(self) -> None:
+        """Frees the device when no coordinator has called for `lease_s`; returns never.
+
+        A coordinator that steps asks for a sign of life all the time. One that is gone, or cut off, must
+        not keep memory that another could use.
+        """
+        lease_s = self._config.lease_s
+        while True:
+            left_s = self._called_at + lease_s - time.monotonic()
+            if self._calls or left_s > 0:
+                await asyncio.sleep(max(left_s, lease_s / 10))
+                continue
+            if self._group is not None or self._shard is not None:
+                log.warning("no coordinator has called for %g s: freeing the device", lease_s)
+                if self._group is not None:
+                    await self.abort(self._group.epoch)
+                self._tp = self._shard = None
+                _give_memory_back()
+            self._called_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Around each call of a coordinator: as long as there is one, the lease is kept."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._called_at = time.monotonic()
 
     async def close(self) -> None:
         """Frees the device; the thread ends when what it runs does."""

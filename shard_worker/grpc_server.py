@@ -23,18 +23,20 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def Describe(
         self, request: _pb.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> _pb.DescribeResponse:
-        return _pb.DescribeResponse(worker=convert.description(self._executor.describe()))
+        with self._executor.call():
+            return _pb.DescribeResponse(worker=convert.description(self._executor.describe()))
 
     async def JoinGroup(
         self, request: _pb.JoinGroupRequest, context: grpc.aio.ServicerContext
     ) -> _pb.JoinGroupResponse:
         group = convert.group(request)
-        if not request.communicator_id and group.transport != "single":
-            return _pb.JoinGroupResponse(
-                communicator_id=self._executor.create_communicator_id(group.transport)
-            )
-        await self._executor.join(group, request.communicator_id, request.timeout_s)
-        return _pb.JoinGroupResponse(communicator_id=request.communicator_id)
+        with self._executor.call():
+            if not request.communicator_id and group.transport != "single":
+                return _pb.JoinGroupResponse(
+                    communicator_id=self._executor.create_communicator_id(group.transport)
+                )
+            await self._executor.join(group, request.communicator_id, request.timeout_s)
+            return _pb.JoinGroupResponse(communicator_id=request.communicator_id)
 
     async def LoadShard(
         self, request: _pb.LoadShardRequest, context: grpc.aio.ServicerContext
@@ -49,18 +51,20 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
         )
         loading.add_done_callback(lambda _: updates.put_nowait(None))
         last = _pb.LoadShardResponse()
-        while (update := await updates.get()) is not None:
-            last = update
-            yield update
-        last.weight_bytes = await loading
-        yield last
+        with self._executor.call():
+            while (update := await updates.get()) is not None:
+                last = update
+                yield update
+            last.weight_bytes = await loading
+            yield last
 
     async def AllocateKvCache(
         self, request: _pb.AllocateKvCacheRequest, context: grpc.aio.ServicerContext
     ) -> _pb.AllocateKvCacheResponse:
-        num_bytes = await self._executor.allocate(
-            request.epoch, request.num_blocks, request.block_size
-        )
+        with self._executor.call():
+            num_bytes = await self._executor.allocate(
+                request.epoch, request.num_blocks, request.block_size
+            )
         return _pb.AllocateKvCacheResponse(kv_cache_bytes=num_bytes)
 
     async def ExecuteSteps(

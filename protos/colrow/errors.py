@@ -97,13 +97,6 @@ class Aborted(ServiceError):
     reason = "ABORTED"
 
 
-class Unimplemented(ServiceError):
-    """The contract has this call; this version does not answer it yet."""
-
-    code = "UNIMPLEMENTED"
-    reason = "NOT_YET"
-
-
 class Internal(ServiceError):
     """A bug, or a machine that misbehaves."""
 
@@ -118,7 +111,6 @@ BY_CODE: dict[str, type[ServiceError]] = {
         DeadlineExceeded,
         DataLoss,
         Aborted,
-        Unimplemented,
         Internal,
     )
 }

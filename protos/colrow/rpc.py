@@ -37,6 +37,10 @@ CHANNEL_OPTIONS = (
     # A peer that is gone without a word is noticed within seconds.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # One that is back is found at once, not after gRPC's growing pauses of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
 )
 
 

@@ -19,6 +19,7 @@ no longer agree on which collective comes next. The communicator is then dead: l
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ __all__ = [
     "check_all_gather",
     "check_all_reduce",
     "check_membership",
+    "check_wanted",
     "sum_in_rank_order",
 ]
 
@@ -134,6 +136,12 @@ def check_membership(rank: int, size: int) -> None:
         raise ValueError(f"size: {size} ranks have nothing to join; use SingleCommunicator")
     if not 0 <= rank < size:
         raise ValueError(f"rank: {rank} is not in [0, {size})")
+
+
+def check_wanted(abandoned: threading.Event | None) -> None:
+    """CommunicatorAborted when the join that is under way is not wanted any more."""
+    if abandoned is not None and abandoned.is_set():
+        raise CommunicatorAborted("join: the group was aborted while it formed")
 
 
 def check_all_reduce(x: Tensor, device_type: str = "cpu") -> None:

@@ -41,6 +41,7 @@ from . import (
     check_all_gather,
     check_all_reduce,
     check_membership,
+    check_wanted,
     sum_in_rank_order,
 )
 
@@ -125,12 +126,14 @@ class GlooCommunicator(Communicator):
         interface_host: str,
         store: TCPStore | None = None,
         op_timeout_s: float = 30.0,
+        abandoned: threading.Event | None = None,
     ) -> Self:
         """Meet the other ranks and connect to each; blocks until all `size` of them have.
 
         communicator_id: from rank 0's `create_store`, the same on all ranks. store: its other
         result, on rank 0 only. interface_host: a name or address of this machine, of the network
         interface that the activations are to use. timeout_s: deadline of the rendezvous.
+        abandoned: ends the wait for other ranks at once with CommunicatorAborted when set.
         op_timeout_s: see `Communicator`.
 
         Raises ValueError for a bad argument, CommunicatorTimeout naming the ranks that are missing
@@ -149,10 +152,10 @@ class GlooCommunicator(Communicator):
         except RuntimeError as error:
             raise ValueError(f"interface_host: {interface_host!r}: {error}") from error
         if store is None:
-            store = _connect_store(host, port, deadline, timeout_s)
+            store = _connect_store(host, port, deadline, timeout_s, abandoned)
 
         def rendezvous() -> ProcessGroupGloo:
-            _check_in(store, rank, size, deadline, timeout_s)
+            _check_in(store, rank, size, deadline, timeout_s, abandoned)
             # Connects to every peer, and gives up by this timeout.
             options._timeout = _remaining(deadline)
             return ProcessGroupGloo(PrefixStore("mesh", store), rank, size, options)
@@ -286,7 +289,14 @@ def _unfinished(pending: dict[int, Callable[[timedelta], bool]]) -> set[int]:
     return ranks
 
 
-def _check_in(store: TCPStore, rank: int, size: int, deadline: float, timeout_s: float) -> None:
+def _check_in(
+    store: TCPStore,
+    rank: int,
+    size: int,
+    deadline: float,
+    timeout_s: float,
+    abandoned: threading.Event | None,
+) -> None:
     """Sign the store's list; return when all ranks have, raise as soon as one has given up."""
     if store.add(f"joined/{rank}", 1) > 1:
         raise CommunicatorError(f"join: rank {rank} is there already")
@@ -294,6 +304,7 @@ def _check_in(store: TCPStore, rank: int, size: int, deadline: float, timeout_s:
     missing = [r for r in range(size) if r != rank]
     try:
         while missing:
+            check_wanted(abandoned)
             for peer in [r for r in missing if store.check([f"size/{r}"])]:
                 missing.remove(peer)
                 theirs = int(store.get(f"size/{peer}"))
@@ -319,11 +330,14 @@ def _check_in(store: TCPStore, rank: int, size: int, deadline: float, timeout_s:
         raise
 
 
-def _connect_store(host: str, port: int, deadline: float, timeout_s: float) -> TCPStore:
+def _connect_store(
+    host: str, port: int, deadline: float, timeout_s: float, abandoned: threading.Event | None
+) -> TCPStore:
     """A client of rank 0's store; CommunicatorTimeout when it is not there by the deadline."""
     # Knock first: TCPStore's own retries overrun their timeout by up to half and write a C++
     # stack trace to stderr each.
     while True:
+        check_wanted(abandoned)
         left_s = _seconds_to(deadline)
         try:
             socket.create_connection((host, port), timeout=max(left_s, 0.001)).close()

@@ -63,6 +63,7 @@ from . import (
     check_all_gather,
     check_all_reduce,
     check_membership,
+    check_wanted,
     sum_in_rank_order,
 )
 
@@ -159,12 +160,14 @@ class ShmCommunicator(Communicator):
         timeout_s: float,
         capacity_bytes: int = _DEFAULT_CAPACITY_BYTES,
         op_timeout_s: float = 30.0,
+        abandoned: threading.Event | None = None,
     ) -> Self:
         """Meet the other ranks; blocks until all `size` of them have mapped the segment.
 
         communicator_id: from `create_id`, the same on all ranks. timeout_s: deadline of the
         rendezvous. capacity_bytes: of one slot (there are 2 * size), rounded up to 4096; the same
-        on all ranks; larger tensors go in chunks. op_timeout_s: see `Communicator`.
+        on all ranks; larger tensors go in chunks. op_timeout_s: see `Communicator`. abandoned: ends
+        the wait for other ranks at once with CommunicatorAborted when set.
 
         Once any rank's join has returned, the segment has no name any more: the kernel frees it
         with the last process, however that process ends. The name of a join that fails goes with
@@ -184,9 +187,9 @@ class ShmCommunicator(Communicator):
         if rank == 0:
             segment = _create_segment(path, header)
         else:
-            segment = _open_segment(path, header, rank, deadline, timeout_s)
+            segment = _open_segment(path, header, rank, deadline, timeout_s, abandoned)
         communicator = cls(rank, size, segment, capacity_bytes, op_timeout_s)
-        communicator._check_in(path, deadline, timeout_s)
+        communicator._check_in(path, deadline, timeout_s, abandoned)
         return communicator
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -416,7 +419,9 @@ class ShmCommunicator(Communicator):
 
     # Rendezvous
 
-    def _check_in(self, path: str, deadline: float, timeout_s: float) -> None:
+    def _check_in(
+        self, path: str, deadline: float, timeout_s: float, abandoned: threading.Event | None
+    ) -> None:
         """Say that this rank has mapped the segment; return when all have and the name is gone."""
         words = self._words
         own_state = self._own_line + _STATE
@@ -425,6 +430,7 @@ class ShmCommunicator(Communicator):
         words[own_state] = _JOINED
         try:
             while not words[_READY]:
+                check_wanted(abandoned)
                 states = [words[_rank_line(r) + _STATE] for r in range(self.size)]
                 left = [r for r, state in enumerate(states) if state == _LEFT]
                 missing = [r for r, state in enumerate(states) if state == _ABSENT]
@@ -511,10 +517,16 @@ def _create_segment(path: str, header: tuple[int, ...]) -> mmap.mmap:
 
 
 def _open_segment(
-    path: str, header: tuple[int, ...], rank: int, deadline: float, timeout_s: float
+    path: str,
+    header: tuple[int, ...],
+    rank: int,
+    deadline: float,
+    timeout_s: float,
+    abandoned: threading.Event | None,
 ) -> mmap.mmap:
     """Another rank's part: wait until rank 0 has made the segment, and map it if both agree."""
     while True:
+        check_wanted(abandoned)
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -387,11 +387,6 @@ BAD_REQUESTS: dict[str, tuple[Callable[[RunningCluster], Any], str, tuple[str, .
         "INVALID_ARGUMENT",
         ("logprobs = 101", "[0, 100]"),
     ),
-    "drain": (
-        lambda running: running.client.control.Drain(_control.DrainRequest(), timeout=20),
-        "UNIMPLEMENTED",
-        ("Drain",),
-    ),
     "watch at no interval": (
         lambda running: running.client.control.WatchCluster(
             _control.WatchClusterRequest(interval_s=NAN), timeout=20

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import client
 from client.local_cluster import ClusterError, LocalCluster
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
@@ -326,12 +327,46 @@ def test_serve_stops_all_when_a_worker_dies_while_it_starts(
         assert_stops_after_death_of_a_worker(serve)
 
 
-def test_serve_stops_all_when_a_worker_dies_later(
+def test_serve_starts_a_worker_again_that_died_and_goes_on(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(tmp_path, environment) as serve:
+        target = serve.wait_until_serving()
+        worker = serve.worker()
+        assert worker is not None
+        with client.Colrow(target) as colrow:
+            stream = colrow.generate("Once upon a time", max_tokens=40, ignore_eos=True)
+            tokens = [*next(stream).token_ids]
+            worker.kill()
+            tokens += [token for piece in stream for token in piece.token_ids]
+        assert len(tokens) == 40
+        assert re.search(
+            r"worker \d was killed by SIGKILL; it is started again", serve.stdout.read_text()
+        )
+
+
+def test_serve_gives_up_on_a_worker_that_dies_again_and_again(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     with serving(tmp_path, environment) as serve:
         serve.wait_until_serving()
-        assert_stops_after_death_of_a_worker(serve)
+        children = serve.children()
+        port = next(
+            argument
+            for argument in (serve.worker() or children[0]).cmdline()
+            if argument.endswith(".port")
+        )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while serve.popen.poll() is None:
+            assert time.monotonic() < deadline
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in serve.children():
+                    if port in child.cmdline():  # always the same rank
+                        child.kill()
+            time.sleep(0.05)
+        assert serve.popen.returncode == 1
+        assert_gone(children)
+        assert "for the 6th time within 60 s" in serve.stderr.read_text()
 
 
 def assert_stops_after_death_of_a_worker(serve: Serve) -> None:

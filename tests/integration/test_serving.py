@@ -598,9 +598,16 @@ def read_until_error(stream: Iterator[Piece]) -> ServiceError:
 
 
 class TestEnding:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+    @pytest.mark.parametrize(
+        "numbers",
+        [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)],
+        ids=("SIGINT", "SIGTERM twice"),
+    )
     def test_a_signal_ends_it_in_seconds_and_a_new_one_takes_the_workers_at_once(
-        self, number: signal.Signals, demo_model_folder: Path, worker_pool: WorkerPool
+        self,
+        numbers: tuple[signal.Signals, ...],
+        demo_model_folder: Path,
+        worker_pool: WorkerPool,
     ) -> None:
         with coordinator(worker_pool, demo_model_folder) as (service, client):
             wait_until_serving(service, client)
@@ -609,7 +616,9 @@ class TestEnding:
             stream = client.generate(STORY, temperature=0)
             next(stream)
             began = time.monotonic()
-            service.process.send_signal(number)
+            for number in numbers:
+                service.process.send_signal(number)
+                time.sleep(0.2)
             assert read_until_error(stream).code == "UNAVAILABLE"
             assert service.process.wait(10) == 0, service.log.read_text()
             assert time.monotonic() - began < 8
@@ -617,6 +626,40 @@ class TestEnding:
             assert "Traceback" not in log, log
         with cluster(worker_pool, demo_model_folder, 2) as running:
             assert "Paris" in text(running.client.generate(CAPITAL, max_tokens=32, temperature=0))
+
+    def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(
+        self, demo_model_folder: Path, worker_pool: WorkerPool
+    ) -> None:
+        with coordinator(worker_pool, demo_model_folder) as (service, client):
+            wait_until_serving(service, client)
+            stream = client.generate(STORY, max_tokens=60, ignore_eos=True, temperature=0)
+            got = [*next(stream).token_ids]
+            service.process.send_signal(signal.SIGTERM)
+            states = client.watch()
+            while next(states).state != control_service_pb2.CLUSTER_STATE_DRAINING:
+                pass
+            states.close()
+            with pytest.raises(Unavailable) as caught:
+                list(client.generate(STORY, max_tokens=5))
+            assert caught.value.reason == "DRAINING"
+            assert caught.value.retry_after_s
+            assert len(got + tokens(stream)) == 60
+            assert service.process.wait(10) == 0, service.log.read_text()
+
+    def test_a_drain_answers_when_nothing_runs_any_more(
+        self, demo_model_folder: Path, worker_pool: WorkerPool
+    ) -> None:
+        with coordinator(worker_pool, demo_model_folder) as (service, client):
+            wait_until_serving(service, client)
+            stream = client.generate(STORY, max_tokens=40, ignore_eos=True, temperature=0)
+            got = [*next(stream).token_ids]
+            drained = client.control.Drain.future(control_service_pb2.DrainRequest(), timeout=60)
+            got += tokens(stream)
+            assert len(got) == 40
+            drained.result()
+            with pytest.raises(Unavailable):
+                list(client.generate(STORY, max_tokens=5))
+            assert service.process.poll() is None  # it is told to stop apart from that
 
     def test_after_a_kill_a_new_one_takes_the_workers_at_once(
         self, demo_model_folder: Path, worker_pool: WorkerPool

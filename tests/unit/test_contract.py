@@ -28,7 +28,6 @@ from colrow.errors import BY_CODE, InvalidArgument, NotFound, ServiceError
 from colrow.rpc import CHANNEL_OPTIONS, Server, error_of
 from colrow.v1 import (
     control_service_pb2,
-    control_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
     sampling_pb2,
@@ -37,7 +36,6 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from coordinator.grpc_server import ControlServicer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -372,21 +370,6 @@ async def test_what_a_stream_holds_is_freed_when_its_client_leaves(
     async with asyncio.timeout(5):
         while not servicer.closed:
             await asyncio.sleep(0.01)
-
-
-async def test_rpcs_whose_substance_comes_later_are_unimplemented() -> None:
-    cluster: Any = None
-    server = Server([])
-    control_service_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlServicer(cluster), server.grpc_server
-    )
-    port = await server.start("127.0.0.1:0")
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        control = control_service_pb2_grpc.ControlServiceStub(channel)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await control.Drain(control_service_pb2.DrainRequest(), timeout=10)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    await server.stop(0)
 
 
 async def test_a_port_in_use_is_refused_by_its_address() -> None:

@@ -75,12 +75,23 @@ class Workers:
         self.steps: list[Step] = []
         self.known: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
+        self.last_step_id = 0
         self.fail_at: int | None = None
         self.error: Exception = Internal("a rank fell over")
         self._delay = delay
         self._results: deque[tuple[int, StepOutput]] = deque()
 
+    def forget(self) -> None:
+        """What workers do that join a new group."""
+        self.known.clear()
+        self.computed.clear()
+        self._results.clear()
+        self.last_step_id = 0
+        self.fail_at = None
+
     async def send(self, step: Step) -> None:
+        assert step.step_id == self.last_step_id + 1
+        self.last_step_id = step.step_id
         self.calls.append(("send", step.step_id))
         self.steps.append(step)
         for sequence_id in step.finished:
@@ -159,7 +170,9 @@ class Running:
         delay: Callable[[], Awaitable[None]] = at_once,
         tokenizer: Tokenizer | None = None,
         max_waiting: int = 1000,
+        recovers: bool = False,
     ) -> None:
+        self.recovers = recovers
         self.workers = Workers(delay)
         self.observer = Notes()
         self.scheduler = Scheduler(
@@ -176,8 +189,25 @@ class Running:
         )
 
     async def __aenter__(self) -> "Running":
-        self.loop = asyncio.create_task(self.engine.run())
+        self.loop = asyncio.create_task(self._drive())
         return self
+
+    async def _drive(self) -> None:
+        """As the cluster does it: a step that fails ends requests, or with `recovers` none."""
+        try:
+            while True:
+                try:
+                    await self.engine.run()
+                except ServiceError:
+                    if not self.recovers:
+                        raise
+                    self.workers.forget()
+        except asyncio.CancelledError:
+            self.engine.fail(Unavailable("stopped", retry_after_s=5.0))
+            raise
+        except Exception as error:
+            self.engine.fail(Unavailable(f"not recovered: {error}", retry_after_s=5.0))
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         self.loop.cancel()
@@ -356,7 +386,7 @@ async def test_a_failed_step_ends_every_stream_and_every_later_call_with_a_time_
         running.workers.fail_at = 6
         for tokens, error in await asyncio.gather(*map(error_of, prompts)):
             assert len(tokens) == 5  # what the steps before it gave is not lost
-            assert (error.code, error.reason) == ("UNAVAILABLE", "STEP_FAILED")
+            assert error.code == "UNAVAILABLE"
             assert "a rank fell over" in error.message
             assert error.retry_after_s
         with pytest.raises(Internal, match="a rank fell over"):
@@ -716,3 +746,56 @@ async def test_the_observer_hears_of_every_step_token_and_request() -> None:
         with pytest.raises(Unavailable):
             await running.tokens(prompt_without_eos(20), 20)
         assert notes.records[-1].outcome == "error"
+
+
+@pytest.mark.parametrize("run_ahead", [1, 2, 3])
+@pytest.mark.parametrize("num_blocks", [16, 200], ids=["preempting", "roomy"])
+async def test_requests_outlive_workers_that_forget_everything(
+    run_ahead: int, num_blocks: int
+) -> None:
+    generator = random.Random(run_ahead)
+    asked = requests(40)
+    async with Running(run_ahead=run_ahead, num_blocks=num_blocks, recovers=True) as running:
+        failures = 0
+
+        async def fail_now_and_then() -> None:
+            nonlocal failures
+            while True:
+                await asyncio.sleep(0.001)
+                if running.workers.fail_at is None:
+                    running.workers.fail_at = running.workers.last_step_id + generator.randint(1, 9)
+                    failures += 1
+
+        failing = asyncio.create_task(fail_now_and_then())
+
+        async def check(index: int, prompt: list[int], max_tokens: int) -> None:
+            await asyncio.sleep(index * 0.0005)
+            outputs = [
+                o async for o in running.generate(prompt, max_tokens, logprobs=0, prompt_logprobs=0)
+            ]
+            tokens = continuation(prompt, max_tokens)
+            assert [t for o in outputs for t in o.token_ids] == tokens
+            assert [item.token_id for o in outputs for item in o.logprobs] == tokens
+            of_prompt = [item.token_id for o in outputs for item in o.prompt_logprobs]
+            assert of_prompt == prompt[1:]
+
+        await asyncio.gather(*(check(i, *request) for i, request in enumerate(asked)))
+        failing.cancel()
+        assert failures > 2
+        assert running.scheduler.blocks.num_used == 0
+        assert running.engine.num_prompt_tokens == sum(len(prompt) for prompt, _ in asked)
+
+
+async def test_one_that_is_cancelled_between_two_lives_of_the_workers_is_forgotten() -> None:
+    async with Running(recovers=True) as running:
+        stream = running.generate(prompt_without_eos(40), 40)
+        await anext(stream)
+        running.loop.cancel()
+        await asyncio.wait([running.loop])
+        await stream.aclose()
+        running.workers.forget()
+        running.loop = asyncio.create_task(running._drive())
+        await asyncio.sleep(0)
+        prompt = prompt_without_eos(5)
+        assert await running.tokens(prompt, 5) == continuation(prompt, 5)
+        assert running.scheduler.blocks.num_used == 0

@@ -36,7 +36,7 @@ from coordinator.request import ModelLimits, Output, Request, Usage
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
 
 MODEL = "org/scripted"
 CONTEXT = 64
@@ -401,43 +401,52 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared() -> AsyncGenerator[Served, None]:
-    """One server for many bad requests: each must leave it as it was."""
     async with serving() as served:
         yield served
-        assert not served.engine.running
 
 
-@pytest.mark.asyncio(loop_scope="module")
+@pytest.fixture
+def served(shared: Served) -> Iterator[Served]:
+    """One server for all tests; each leaves nothing running on it."""
+    engine = shared.engine
+    engine.say = lambda request: outputs_of(request, engine.tokenizer, ANSWER)
+    engine.error = None
+    engine.requests.clear()
+    engine.most_running = 0
+    engine.held.set()
+    engine.held_first = False
+    shared.cluster.state = State.SERVING
+    yield shared
+    assert not engine.running
+
+
 @pytest.mark.parametrize("case", BAD_COMPLETIONS)
 async def test_a_bad_completion_is_refused_by_field_and_the_next_is_answered(
-    shared: Served, case: str
+    served: Served, case: str
 ) -> None:
     further, param, words = BAD_COMPLETIONS[case]
-    shared.engine.requests.clear()
-    response = await shared.post(COMPLETIONS, {"prompt": "Hi"} | further)
+    response = await served.post(COMPLETIONS, {"prompt": "Hi"} | further)
     error = error_of(response)
     assert response.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
     assert len(error["message"]) < 500
-    assert not shared.engine.requests
-    await shared.complete()
+    assert not served.engine.requests
+    await served.complete()
 
 
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("case", BAD_CHATS)
 async def test_a_bad_chat_is_refused_by_field_and_the_next_is_answered(
-    shared: Served, case: str
+    served: Served, case: str
 ) -> None:
     further, param, words = BAD_CHATS[case]
-    shared.engine.requests.clear()
-    response = await shared.post(CHATS, {"messages": [USER]} | further)
+    response = await served.post(CHATS, {"messages": [USER]} | further)
     error = error_of(response)
     assert response.status_code == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
-    assert not shared.engine.requests
-    assert (await shared.post(CHATS, {"messages": [USER]})).status_code == 200
+    assert not served.engine.requests
+    assert (await served.post(CHATS, {"messages": [USER]})).status_code == 200
 
 
 BODIES = {
@@ -471,53 +480,51 @@ BODIES = {
 }
 
 
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("case", BODIES)
 async def test_a_body_that_is_no_request_is_refused_and_the_next_is_answered(
-    shared: Served, case: str
+    served: Served, case: str
 ) -> None:
     body, words = BODIES[case]
-    response = await shared.post(COMPLETIONS, body)
+    response = await served.post(COMPLETIONS, body)
     assert response.status_code == 400
     message = error_of(response)["message"]
     assert any(word in message for word in words.split("|")), message
-    await shared.complete()
+    await served.complete()
 
 
 @pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonl"]
 )
-async def test_what_is_not_declared_as_json_is_refused(content_type: str | None) -> None:
-    async with serving() as served:
-        headers = {} if content_type is None else {"content-type": content_type}
-        response = await served.http.post(COMPLETIONS, content=b'{"prompt":""}', headers=headers)
-        assert response.status_code == 415
-        assert "send application/json" in error_of(response)["message"]
-        for good in ("application/json; charset=utf-8", "Application/JSON"):
-            response = await served.post(COMPLETIONS, {"prompt": "Hi"}, **{"content-type": good})
-            assert response.status_code == 200
+async def test_what_is_not_declared_as_json_is_refused(
+    served: Served, content_type: str | None
+) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = await served.http.post(COMPLETIONS, content=b'{"prompt":""}', headers=headers)
+    assert response.status_code == 415
+    assert "send application/json" in error_of(response)["message"]
+    for good in ("application/json; charset=utf-8", "Application/JSON"):
+        response = await served.post(COMPLETIONS, {"prompt": "Hi"}, **{"content-type": good})
+        assert response.status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_that_is_too_large_is_refused(chunked: bool) -> None:
+async def test_a_body_that_is_too_large_is_refused(served: Served, chunked: bool) -> None:
     body = b'{"prompt": "' + b"x" * (MAX_BODY_BYTES + 1) + b'"}'
 
     async def parts() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(body), 2**20):
             yield body[start : start + 2**20]
 
-    async with serving() as served:
-        response = await served.http.post(
-            COMPLETIONS,
-            content=parts() if chunked else body,
-            headers={"content-type": "application/json"},
-        )
-        assert response.status_code == 413
-        assert error_of(response)["code"] == "body_too_large"
-        await served.complete()
+    response = await served.http.post(
+        COMPLETIONS,
+        content=parts() if chunked else body,
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+    await served.complete()
 
 
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -532,29 +539,28 @@ async def test_a_body_that_is_too_large_is_refused(chunked: bool) -> None:
     ],
 )
 async def test_errors_of_the_framework_have_the_same_form(
-    shared: Served, method: str, path: str, status: int
+    served: Served, method: str, path: str, status: int
 ) -> None:
-    response = await shared.http.request(method, path)
+    response = await served.http.request(method, path)
     assert response.status_code == status
     assert error_of(response)["type"] == "invalid_request_error"
     assert ("allow" in response.headers) == (status == 405)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize", "/detokenize"])
-async def test_another_model_is_not_found(path: str) -> None:
+async def test_another_model_is_not_found(served: Served, path: str) -> None:
     prompt: dict[str, object] = {
         COMPLETIONS: {"prompt": "Hi"},
         CHATS: {"messages": [USER]},
         "/tokenize": {"prompt": "Hi"},
         "/detokenize": {"tokens": [1]},
     }[path]
-    async with serving() as served:
-        for model, status in (("other", 404), (MODEL, 200), (None, 200)):
-            response = await served.post(path, prompt | {"model": model})
-            assert response.status_code == status
-            if status == 404:
-                assert error_of(response)["code"] == "model_not_found"
-                assert error_of(response)["param"] == "model"
+    for model, status in (("other", 404), (MODEL, 200), (None, 200)):
+        response = await served.post(path, prompt | {"model": model})
+        assert response.status_code == status
+        if status == 404:
+            assert error_of(response)["code"] == "model_not_found"
+            assert error_of(response)["param"] == "model"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -570,136 +576,135 @@ async def test_another_model_is_not_found(path: str) -> None:
     ],
 )
 async def test_an_error_of_the_engine_has_its_status_before_anything_was_sent(
-    error: ServiceError, status: int, kind: str, retry_after: str | None, stream: bool
+    served: Served,
+    error: ServiceError,
+    status: int,
+    kind: str,
+    retry_after: str | None,
+    stream: bool,
 ) -> None:
-    async with serving() as served:
-        for place in ("check", "generate"):
-            if place == "check":
-                served.engine.error = error
-            else:
-                served.engine.error = None
-                served.engine.say = lambda request: iter([error])
-            response = await served.post(COMPLETIONS, {"prompt": "Hi", "stream": stream})
-            assert response.status_code == status
-            assert error_of(response)["type"] == kind
-            assert error_of(response)["code"] == error.reason.lower()
-            assert response.headers.get("retry-after") == retry_after
+    for place in ("check", "generate"):
+        if place == "check":
+            served.engine.error = error
+        else:
+            served.engine.error = None
+            served.engine.say = lambda request: iter([error])
+        response = await served.post(COMPLETIONS, {"prompt": "Hi", "stream": stream})
+        assert response.status_code == status
+        assert error_of(response)["type"] == kind
+        assert error_of(response)["code"] == error.reason.lower()
+        assert response.headers.get("retry-after") == retry_after
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
 @pytest.mark.parametrize("is_bug", [False, True])
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
-    path: str, is_bug: bool, caplog: pytest.LogCaptureFixture
+    served: Served, path: str, is_bug: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving() as served:
-        error = RuntimeError("secret") if is_bug else Unavailable("a rank fell over")
-        say = served.engine.say
+    error = RuntimeError("secret") if is_bug else Unavailable("a rank fell over")
+    say = served.engine.say
 
-        def fail_later(request: Request) -> Iterator[Output | Exception]:
-            outputs = say(request)
-            yield from (next(outputs), next(outputs), error)
+    def fail_later(request: Request) -> Iterator[Output | Exception]:
+        outputs = say(request)
+        yield from (next(outputs), next(outputs), error)
 
-        served.engine.say = fail_later
-        events = await served.chunks(path, {"prompt": "Hi"} if path == COMPLETIONS else CHAT)
-        assert len(events) == 3
-        message = events[-1]["error"]["message"]
-        assert ("a rank fell over" in message) == (not is_bug)
-        assert "secret" not in message
-        assert ("secret" in caplog.text) == is_bug
-        # As the official client sees it.
-        with pytest.raises(openai.APIError, match=message):
-            stream = await served.openai.chat.completions.create(
-                model=MODEL, messages=[USER], stream=True
-            )
-            async for _ in stream:
-                pass
+    served.engine.say = fail_later
+    events = await served.chunks(path, {"prompt": "Hi"} if path == COMPLETIONS else CHAT)
+    assert len(events) == 3
+    message = events[-1]["error"]["message"]
+    assert ("a rank fell over" in message) == (not is_bug)
+    assert "secret" not in message
+    assert ("secret" in caplog.text) == is_bug
+    # As the official client sees it.
+    with pytest.raises(openai.APIError, match=message):
+        stream = await served.openai.chat.completions.create(
+            model=MODEL, messages=[USER], stream=True
+        )
+        async for _ in stream:
+            pass
 
 
 CHAT: dict[str, object] = {"messages": [USER]}
 
 
 async def test_a_bug_is_an_error_without_its_details_and_goes_to_the_log(
-    caplog: pytest.LogCaptureFixture,
+    served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving() as served:
-        served.engine.say = lambda request: iter([RuntimeError("secret")])
-        response = await served.post(COMPLETIONS, {"prompt": "Hi"})
-        assert response.status_code == 500
-        assert error_of(response)["type"] == "server_error"
-        assert "secret" not in response.text
-        assert "secret" in caplog.text
-        assert response.headers["x-request-id"]
+    served.engine.say = lambda request: iter([RuntimeError("secret")])
+    response = await served.post(COMPLETIONS, {"prompt": "Hi"})
+    assert response.status_code == 500
+    assert error_of(response)["type"] == "server_error"
+    assert "secret" not in response.text
+    assert "secret" in caplog.text
+    assert response.headers["x-request-id"]
 
 
-async def test_while_the_cluster_does_not_serve_only_what_needs_it_is_unavailable() -> None:
-    async with serving() as served:
-        assert (await served.http.get("/health")).json() == {"status": "serving"}
-        served.cluster.state = State.LOADING
-        for response in (
-            await served.http.get("/health"),
-            await served.post(COMPLETIONS, {"prompt": "Hi"}),
-            await served.post(CHATS, CHAT),
-        ):
-            assert response.status_code == 503
-            assert "the cluster is loading" in error_of(response)["message"]
-            assert response.headers["retry-after"] == "1"
-        for path in ("/v1/models", "/version", "/metrics", "/openapi.json"):
-            assert (await served.http.get(path)).status_code == 200
+async def test_while_the_cluster_does_not_serve_only_what_needs_it_is_unavailable(
+    served: Served,
+) -> None:
+    assert (await served.http.get("/health")).json() == {"status": "serving"}
+    served.cluster.state = State.LOADING
+    for response in (
+        await served.http.get("/health"),
+        await served.post(COMPLETIONS, {"prompt": "Hi"}),
+        await served.post(CHATS, CHAT),
+    ):
+        assert response.status_code == 503
+        assert "the cluster is loading" in error_of(response)["message"]
+        assert response.headers["retry-after"] == "1"
+    for path in ("/v1/models", "/version", "/metrics", "/openapi.json"):
+        assert (await served.http.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("held_first", [False, True])
 async def test_a_client_that_leaves_ends_its_generations(
-    stream: bool, prompts: int, held_first: bool
+    served: Served, stream: bool, prompts: int, held_first: bool
 ) -> None:
-    async with serving() as served:
-        served.engine.held.clear()
-        served.engine.held_first = held_first
-        body = {"prompt": ["Hi"] * prompts, "stream": stream}
+    served.engine.held.clear()
+    served.engine.held_first = held_first
+    body = {"prompt": ["Hi"] * prompts, "stream": stream}
 
-        async def ask() -> None:
-            async with served.http.stream("POST", COMPLETIONS, json=body) as response:
-                await response.aread()
+    async def ask() -> None:
+        async with served.http.stream("POST", COMPLETIONS, json=body) as response:
+            await response.aread()
 
-        asking = asyncio.create_task(ask())
-        await served.engine.until(prompts)
-        asking.cancel()
-        await served.engine.until(0)
-        served.engine.held.set()
-        await served.complete()
-
-
-async def test_a_client_that_leaves_between_chunks_ends_its_generation() -> None:
-    async with serving() as served:
-        served.engine.held.clear()
-        body = {"messages": [USER], "stream": True}
-        async with served.http.stream("POST", CHATS, json=body) as response:
-            async with aclosing(response.aiter_lines()) as lines:
-                assert (await anext(lines)).startswith("data: ")
-            assert len(served.engine.running) == 1
-        await served.engine.until(0)
+    asking = asyncio.create_task(ask())
+    await served.engine.until(prompts)
+    asking.cancel()
+    await served.engine.until(0)
+    served.engine.held.set()
+    await served.complete()
 
 
-async def test_a_client_that_reads_slowly_gets_everything() -> None:
-    async with serving() as served:
-        text = "x" * 40
-        served.engine.say = lambda request: outputs_of(request, byte_tokenizer(), text)
-        request = json.dumps({"prompt": "Hi", "max_tokens": 40, "stream": True}).encode()
-        port = int(served.url.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (len(request), request)
-        )
-        received = b""
-        while part := await reader.read(64):
-            received += part
-            await asyncio.sleep(0.0005)
-        writer.close()
-        assert received.count(b'"text":"x"') == 40
-        assert b"data: [DONE]" in received
+async def test_a_client_that_leaves_between_chunks_ends_its_generation(served: Served) -> None:
+    served.engine.held.clear()
+    body = {"messages": [USER], "stream": True}
+    async with served.http.stream("POST", CHATS, json=body) as response:
+        async with aclosing(response.aiter_lines()) as lines:
+            assert (await anext(lines)).startswith("data: ")
+        assert len(served.engine.running) == 1
+    await served.engine.until(0)
+
+
+async def test_a_client_that_reads_slowly_gets_everything(served: Served) -> None:
+    text = "x" * 40
+    served.engine.say = lambda request: outputs_of(request, byte_tokenizer(), text)
+    request = json.dumps({"prompt": "Hi", "max_tokens": 40, "stream": True}).encode()
+    port = int(served.url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(request), request)
+    )
+    received = b""
+    while part := await reader.read(64):
+        received += part
+        await asyncio.sleep(0.0005)
+    writer.close()
+    assert received.count(b'"text":"x"') == 40
+    assert b"data: [DONE]" in received
 
 
 async def test_a_batch_runs_in_turns_and_its_choices_are_in_the_order_of_its_prompts() -> None:
@@ -729,25 +734,23 @@ async def test_a_batch_runs_in_turns_and_its_choices_are_in_the_order_of_its_pro
         assert texts == [choice["text"] for choice in answer["choices"]]
 
 
-async def test_a_batch_with_a_wrong_prompt_is_refused_before_any_of_it_runs() -> None:
-    async with serving() as served:
-        response = await served.post(COMPLETIONS, {"prompt": [[1]] * 9 + [[999]]})
-        assert response.status_code == 400
-        assert not served.engine.requests
+async def test_a_batch_with_a_wrong_prompt_is_refused_before_any_of_it_runs(served: Served) -> None:
+    response = await served.post(COMPLETIONS, {"prompt": [[1]] * 9 + [[999]]})
+    assert response.status_code == 400
+    assert not served.engine.requests
 
 
-async def test_a_batch_of_which_one_fails_ends_the_others() -> None:
-    async with serving() as served:
-        served.engine.held.clear()
-        say = served.engine.say
+async def test_a_batch_of_which_one_fails_ends_the_others(served: Served) -> None:
+    served.engine.held.clear()
+    say = served.engine.say
 
-        def fail_one(request: Request) -> Iterator[Output | Exception]:
-            return iter([Unavailable("gone")]) if request.prompt == (2,) else say(request)
+    def fail_one(request: Request) -> Iterator[Output | Exception]:
+        return iter([Unavailable("gone")]) if request.prompt == (2,) else say(request)
 
-        served.engine.say = fail_one
-        response = await served.post(COMPLETIONS, {"prompt": [[1], [2], [3]]})
-        assert response.status_code == 503
-        await served.engine.until(0)
+    served.engine.say = fail_one
+    response = await served.post(COMPLETIONS, {"prompt": [[1], [2], [3]]})
+    assert response.status_code == 503
+    await served.engine.until(0)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize"])
@@ -775,148 +778,139 @@ async def test_a_long_text_does_not_hold_up_others(path: str) -> None:
         assert worst < 0.3
 
 
-async def test_requests_have_ids_that_the_engine_and_the_answer_share() -> None:
-    async with serving() as served:
-        trace = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "tracestate": "x=y"}
-        response = await served.post(
-            COMPLETIONS, {"prompt": "Hi"}, **{"x-request-id": "mine"} | trace
-        )
-        assert response.headers["x-request-id"] == "mine"
-        assert response.json()["id"] == "cmpl-mine"
-        assert served.engine.requests[-1].request_id == "mine"
-        assert served.engine.requests[-1].trace == trace
+async def test_requests_have_ids_that_the_engine_and_the_answer_share(served: Served) -> None:
+    trace = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "tracestate": "x=y"}
+    response = await served.post(COMPLETIONS, {"prompt": "Hi"}, **{"x-request-id": "mine"} | trace)
+    assert response.headers["x-request-id"] == "mine"
+    assert response.json()["id"] == "cmpl-mine"
+    assert served.engine.requests[-1].request_id == "mine"
+    assert served.engine.requests[-1].trace == trace
 
-        response = await served.post(CHATS, CHAT | {"request_id": "its"})
-        assert response.headers["x-request-id"] == "its"
-        assert response.json()["id"] == "chatcmpl-its"
-        assert served.engine.requests[-1].trace == {}
+    response = await served.post(CHATS, CHAT | {"request_id": "its"})
+    assert response.headers["x-request-id"] == "its"
+    assert response.json()["id"] == "chatcmpl-its"
+    assert served.engine.requests[-1].trace == {}
 
-        fresh = {(await served.post(CHATS, CHAT)).headers["x-request-id"] for _ in range(3)}
-        assert len(fresh) == 3
-        assert (await served.http.get("/nothing")).headers["x-request-id"]
+    fresh = {(await served.post(CHATS, CHAT)).headers["x-request-id"] for _ in range(3)}
+    assert len(fresh) == 3
+    assert (await served.http.get("/nothing")).headers["x-request-id"]
 
-        response = await served.post(COMPLETIONS, {"prompt": "Hi"}, **{"x-request-id": "a" * 129})
-        assert response.status_code == 400
-        assert error_of(response)["param"] == "X-Request-Id"
+    response = await served.post(COMPLETIONS, {"prompt": "Hi"}, **{"x-request-id": "a" * 129})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "X-Request-Id"
 
 
-async def test_fields_reach_the_engine_as_they_are_meant() -> None:
-    async with serving() as served:
-        await served.complete(
-            [1, 2],
-            frequency_penalty=1,
-            presence_penalty=-1,
-            logit_bias={"5": -100, "7": 0.5},
-            n=2,
-            seed=-1,
-            stop="end",
-            temperature=0,
-            top_p=0.5,
-            top_k=-1,
-            min_p=0.1,
-            repetition_penalty=1.5,
-            ignore_eos=True,
-            min_tokens=1,
-            stop_token_ids=[9],
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,
-            priority=-3,
-            logprobs=2,
-            prompt_logprobs=4,
-            max_tokens=5,
-            best_of=2,
-            suffix=None,
-            user="me",
-            metadata={"a": "b"},
-        )
+async def test_fields_reach_the_engine_as_they_are_meant(served: Served) -> None:
+    await served.complete(
+        [1, 2],
+        frequency_penalty=1,
+        presence_penalty=-1,
+        logit_bias={"5": -100, "7": 0.5},
+        n=2,
+        seed=-1,
+        stop="end",
+        temperature=0,
+        top_p=0.5,
+        top_k=-1,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        ignore_eos=True,
+        min_tokens=1,
+        stop_token_ids=[9],
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        priority=-3,
+        logprobs=2,
+        prompt_logprobs=4,
+        max_tokens=5,
+        best_of=2,
+        suffix=None,
+        user="me",
+        metadata={"a": "b"},
+    )
+    request = served.engine.requests[-1]
+    assert request.prompt == (1, 2)
+    sampling = request.sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (1, -1)
+    assert sampling.logit_bias == {5: -100, 7: 0.5}
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 0.5, 0)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.5)
+    assert sampling.seed == 2**64 - 1
+    assert (request.n, request.min_tokens, request.max_tokens) == (2, 1, 5)
+    assert (request.stop, request.stop_token_ids) == (("end",), (9,))
+    assert request.ignore_eos and request.include_stop and request.show_special_tokens
+    assert (request.priority, request.logprobs, request.prompt_logprobs) == (-3, 2, 4)
+
+    # Null is the default, and the default is OpenAI's.
+    names = (
+        "temperature",
+        "top_p",
+        "n",
+        "seed",
+        "stop",
+        "logit_bias",
+        "max_tokens",
+        "logprobs",
+    )
+    for body in ({}, dict.fromkeys(names)):
+        await served.complete("Hi", **body)
         request = served.engine.requests[-1]
-        assert request.prompt == (1, 2)
-        sampling = request.sampling
-        assert (sampling.frequency_penalty, sampling.presence_penalty) == (1, -1)
-        assert sampling.logit_bias == {5: -100, 7: 0.5}
-        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 0.5, 0)
-        assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.5)
-        assert sampling.seed == 2**64 - 1
-        assert (request.n, request.min_tokens, request.max_tokens) == (2, 1, 5)
-        assert (request.stop, request.stop_token_ids) == (("end",), (9,))
-        assert request.ignore_eos and request.include_stop and request.show_special_tokens
-        assert (request.priority, request.logprobs, request.prompt_logprobs) == (-3, 2, 4)
-
-        # Null is the default, and the default is OpenAI's.
-        names = (
-            "temperature",
-            "top_p",
-            "n",
-            "seed",
-            "stop",
-            "logit_bias",
-            "max_tokens",
-            "logprobs",
-        )
-        for body in ({}, dict.fromkeys(names)):
-            await served.complete("Hi", **body)
-            request = served.engine.requests[-1]
-            assert request == Request(
-                request.request_id, (BEGIN, *b_ids("Hi")), max_tokens=16, stop=()
-            )
-        await served.complete("x" * 60)
-        assert served.engine.requests[-1].max_tokens == 3  # what the context leaves
+        assert request == Request(request.request_id, (BEGIN, *b_ids("Hi")), max_tokens=16, stop=())
+    await served.complete("x" * 60)
+    assert served.engine.requests[-1].max_tokens == 3  # what the context leaves
 
 
 def b_ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text, add_special_tokens=False)
 
 
-async def test_fields_of_a_chat_reach_the_engine_as_they_are_meant() -> None:
-    async with serving() as served:
+async def test_fields_of_a_chat_reach_the_engine_as_they_are_meant(served: Served) -> None:
 
-        async def prompt_of(messages: list[Any], **body: object) -> str:
-            response = await served.post(CHATS, {"messages": messages} | body)
-            assert response.status_code == 200, response.text
-            ids = served.engine.requests[-1].prompt
-            return byte_tokenizer().decode(ids, skip_special_tokens=False)
+    async def prompt_of(messages: list[Any], **body: object) -> str:
+        response = await served.post(CHATS, {"messages": messages} | body)
+        assert response.status_code == 200, response.text
+        ids = served.engine.requests[-1].prompt
+        return byte_tokenizer().decode(ids, skip_special_tokens=False)
 
-        assert await prompt_of([USER]) == "<user>Hi</><assistant>"
-        assert await prompt_of([USER], add_generation_prompt=False) == "<user>Hi</>"
-        assert await prompt_of([USER], add_special_tokens=True) == (
-            "<|begin|><user>Hi</><assistant>"
-        )
-        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-        assert await prompt_of([USER | {"content": parts}]) == "<user>a\nb</><assistant>"
-        assert await prompt_of([USER | {"name": "Al"}]) == "<user Al>Hi</><assistant>"
-        assert await prompt_of([USER | {"role": "developer"}]) == "<system>Hi</><assistant>"
-        assert await prompt_of([USER], chat_template_kwargs={"extra": "+"}) == (
-            "<user>Hi</><assistant>+"
-        )
-        begun = {"role": "assistant", "content": "It is ", "refusal": None, "tool_calls": []}
-        assert await prompt_of([USER, begun], continue_final_message=True) == (
-            "<user>Hi</><assistant>It is "
-        )
+    assert await prompt_of([USER]) == "<user>Hi</><assistant>"
+    assert await prompt_of([USER], add_generation_prompt=False) == "<user>Hi</>"
+    assert await prompt_of([USER], add_special_tokens=True) == ("<|begin|><user>Hi</><assistant>")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert await prompt_of([USER | {"content": parts}]) == "<user>a\nb</><assistant>"
+    assert await prompt_of([USER | {"name": "Al"}]) == "<user Al>Hi</><assistant>"
+    assert await prompt_of([USER | {"role": "developer"}]) == "<system>Hi</><assistant>"
+    assert await prompt_of([USER], chat_template_kwargs={"extra": "+"}) == (
+        "<user>Hi</><assistant>+"
+    )
+    begun = {"role": "assistant", "content": "It is ", "refusal": None, "tool_calls": []}
+    assert await prompt_of([USER, begun], continue_final_message=True) == (
+        "<user>Hi</><assistant>It is "
+    )
 
-        assert served.engine.requests[-1].max_tokens is None
-        for name in ("max_tokens", "max_completion_tokens"):
-            await prompt_of([USER], **{name: 3})
-            assert served.engine.requests[-1].max_tokens == 3
-        await prompt_of([USER], logprobs=True, top_logprobs=2)
-        assert served.engine.requests[-1].logprobs == 2
-        await prompt_of([USER], logprobs=True)
-        assert served.engine.requests[-1].logprobs == 0
-        harmless = {
-            "tools": [],
-            "tool_choice": "none",
-            "functions": None,
-            "response_format": {"type": "text"},
-            "modalities": ["text"],
-            "parallel_tool_calls": True,
-            "store": False,
-            "service_tier": "auto",
-            "metadata": {},
-            "user": "me",
-            "prediction": {"type": "content", "content": "x"},
-            "logprobs": False,
-            "top_logprobs": 0,
-        }
-        assert await prompt_of([USER], **harmless) == "<user>Hi</><assistant>"
+    assert served.engine.requests[-1].max_tokens is None
+    for name in ("max_tokens", "max_completion_tokens"):
+        await prompt_of([USER], **{name: 3})
+        assert served.engine.requests[-1].max_tokens == 3
+    await prompt_of([USER], logprobs=True, top_logprobs=2)
+    assert served.engine.requests[-1].logprobs == 2
+    await prompt_of([USER], logprobs=True)
+    assert served.engine.requests[-1].logprobs == 0
+    harmless = {
+        "tools": [],
+        "tool_choice": "none",
+        "functions": None,
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "store": False,
+        "service_tier": "auto",
+        "metadata": {},
+        "user": "me",
+        "prediction": {"type": "content", "content": "x"},
+        "logprobs": False,
+        "top_logprobs": 0,
+    }
+    assert await prompt_of([USER], **harmless) == "<user>Hi</><assistant>"
 
 
 async def test_a_model_without_tokenizer_takes_and_gives_token_ids() -> None:
@@ -947,83 +941,80 @@ async def test_a_model_without_a_template_refuses_chats() -> None:
         assert error_of(response)["param"] == "messages"
 
 
-async def test_models_are_listed_and_found() -> None:
-    async with serving() as served:
-        (model,) = (await served.openai.models.list()).data
-        assert (model.id, model.object, model.owned_by) == (MODEL, "model", "colrow")
-        assert model.max_model_len == CONTEXT
-        assert abs(model.created - time.time()) < 60
-        assert await served.openai.models.retrieve(MODEL) == model
-        with pytest.raises(openai.NotFoundError):
-            await served.openai.models.retrieve("other")
+async def test_models_are_listed_and_found(served: Served) -> None:
+    (model,) = (await served.openai.models.list()).data
+    assert (model.id, model.object, model.owned_by) == (MODEL, "model", "colrow")
+    assert model.max_model_len == CONTEXT
+    assert abs(model.created - time.time()) < 60
+    assert await served.openai.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError):
+        await served.openai.models.retrieve("other")
 
 
-async def test_texts_and_chats_are_tokenized_and_back() -> None:
-    async with serving() as served:
+async def test_texts_and_chats_are_tokenized_and_back(served: Served) -> None:
 
-        async def tokens(**body: object) -> dict[str, Any]:
-            response = await served.post("/tokenize", body)
-            assert response.status_code == 200, response.text
-            return response.json()
+    async def tokens(**body: object) -> dict[str, Any]:
+        response = await served.post("/tokenize", body)
+        assert response.status_code == 200, response.text
+        return response.json()
 
-        ids = b_ids("Grüße")
-        assert await tokens(prompt="Grüße") == {
-            "tokens": [BEGIN, *ids],
-            "count": 8,
-            "max_model_len": CONTEXT,
-            "token_strs": None,
-        }
-        answer = await tokens(prompt="a b", add_special_tokens=False, return_token_strs=True)
-        assert answer["tokens"] == b_ids("a b")
-        assert answer["token_strs"] == ["a", "Ġ", "b"]
-        assert (await tokens(messages=[USER]))["tokens"] == b_ids("<user>Hi</><assistant>")
-        chat = await tokens(messages=[USER], add_generation_prompt=False, add_special_tokens=True)
-        assert chat["tokens"] == [BEGIN, *b_ids("<user>Hi</>")]
+    ids = b_ids("Grüße")
+    assert await tokens(prompt="Grüße") == {
+        "tokens": [BEGIN, *ids],
+        "count": 8,
+        "max_model_len": CONTEXT,
+        "token_strs": None,
+    }
+    answer = await tokens(prompt="a b", add_special_tokens=False, return_token_strs=True)
+    assert answer["tokens"] == b_ids("a b")
+    assert answer["token_strs"] == ["a", "Ġ", "b"]
+    assert (await tokens(messages=[USER]))["tokens"] == b_ids("<user>Hi</><assistant>")
+    chat = await tokens(messages=[USER], add_generation_prompt=False, add_special_tokens=True)
+    assert chat["tokens"] == [BEGIN, *b_ids("<user>Hi</>")]
 
-        response = await served.post("/detokenize", {"tokens": [BEGIN, *ids]})
-        assert response.json() == {"prompt": "<|begin|>Grüße"}
-        for path, body, param in (
-            ("/tokenize", {}, "prompt"),
-            ("/tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
-            ("/tokenize", {"prompt": 5}, "prompt"),
-            ("/tokenize", {"text": "a"}, "text"),
-            ("/detokenize", {"tokens": [300]}, "tokens"),
-            ("/detokenize", {"tokens": [-1]}, "tokens"),
-            ("/detokenize", {"tokens": "a"}, "tokens"),
-            ("/detokenize", {}, "tokens"),
-        ):
-            response = await served.post(path, body)
-            assert response.status_code == 400
-            assert error_of(response)["param"] == param
+    response = await served.post("/detokenize", {"tokens": [BEGIN, *ids]})
+    assert response.json() == {"prompt": "<|begin|>Grüße"}
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"text": "a"}, "text"),
+        ("/detokenize", {"tokens": [300]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ):
+        response = await served.post(path, body)
+        assert response.status_code == 400
+        assert error_of(response)["param"] == param
 
 
-async def test_operators_see_version_metrics_and_a_schema() -> None:
-    async with serving() as served:
-        assert (await served.http.get("/version")).json() == {"version": __version__}
-        metrics = await served.http.get("/metrics", headers={"accept": "text/plain"})
-        assert metrics.text == "# text/plain\n"
-        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-        assert (await served.http.get("/docs")).status_code == 200
-        schema = (await served.http.get("/openapi.json")).json()
-        for path in (COMPLETIONS, CHATS, "/tokenize", "/detokenize"):
-            answers = schema["paths"][path]["post"]["responses"]
-            assert answers.keys() == {"200", "4XX", "5XX"}
-            for status in ("4XX", "5XX"):
-                content = answers[status]["content"]["application/json"]
-                assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
-        shapes = schema["components"]["schemas"]
-        assert {"prompt", "echo", "top_k"} <= shapes["CompletionRequest"]["properties"].keys()
-        assert shapes["CompletionRequest"]["additionalProperties"] is False
-        text = json.dumps(schema)
-        for reference in set(re_refs(text)):
-            assert reference in shapes
+async def test_operators_see_version_metrics_and_a_schema(served: Served) -> None:
+    assert (await served.http.get("/version")).json() == {"version": __version__}
+    metrics = await served.http.get("/metrics", headers={"accept": "text/plain"})
+    assert metrics.text == "# text/plain\n"
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert (await served.http.get("/docs")).status_code == 200
+    schema = (await served.http.get("/openapi.json")).json()
+    for path in (COMPLETIONS, CHATS, "/tokenize", "/detokenize"):
+        answers = schema["paths"][path]["post"]["responses"]
+        assert answers.keys() == {"200", "4XX", "5XX"}
+        for status in ("4XX", "5XX"):
+            content = answers[status]["content"]["application/json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+    shapes = schema["components"]["schemas"]
+    assert {"prompt", "echo", "top_k"} <= shapes["CompletionRequest"]["properties"].keys()
+    assert shapes["CompletionRequest"]["additionalProperties"] is False
+    text = json.dumps(schema)
+    for reference in set(re_refs(text)):
+        assert reference in shapes
 
 
 def re_refs(text: str) -> Sequence[str]:
     return [part.split('"')[0] for part in text.split("#/components/schemas/")[1:]]
 
 
-def test_a_port_in_use_is_a_clear_error() -> None:
+async def test_a_port_in_use_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         server = HttpServer(cast(Any, None), stop_grace_s=1)
@@ -1031,13 +1022,12 @@ def test_a_port_in_use_is_a_clear_error() -> None:
             server.bind("127.0.0.1", port)
 
 
-async def test_the_server_leaves_signals_and_logging_to_its_process() -> None:
+async def test_the_server_leaves_signals_and_logging_to_its_process(served: Served) -> None:
     root = logging.getLogger()
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], root.handlers[:]
-    async with serving() as served:
-        await served.complete()
-        now = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], root.handlers[:]
-        assert now == before
+    await served.complete()
+    now = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], root.handlers[:]
+    assert now == before
 
 
 async def test_stopping_ends_streams_and_frees_the_port() -> None:
@@ -1059,7 +1049,7 @@ async def test_stopping_ends_streams_and_frees_the_port() -> None:
     socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_scripted_outputs_are_what_an_engine_gives() -> None:
+async def test_scripted_outputs_are_what_an_engine_gives() -> None:
     request = Request("", (1, 2), n=2, logprobs=1, prompt_logprobs=1, max_tokens=3)
     outputs = [*outputs_of(request, byte_tokenizer(), ANSWER)]
     assert [output.index for output in outputs] == [1, 0] * 3

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from coordinator.tokenizer import ChatMessage, Tokenizer
+from colrow.errors import InvalidArgument
+from coordinator.tokenizer import ChatMessage, ChatOptions, Tokenizer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -296,6 +297,135 @@ def test_a_template_gives_what_it_gives_in_transformers(use: str) -> None:
         if today == datetime.now().day:
             break
     assert got == expected
+
+
+# How templates write a conversation that is to be continued: as it came, or trimmed.
+OPEN_TEMPLATES = {
+    "as it came": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}",
+    "trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}",
+    "trimmed at its end": "{% for m in messages %}{{ m.content.rstrip() }}\n\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("use", OPEN_TEMPLATES)
+@pytest.mark.parametrize("begun", ["It is", "It is ", " It is\n", "Hello!", "2 + 2", ""])
+def test_a_final_message_is_left_open_as_in_transformers(use: str, begun: str) -> None:
+    chat = [("user", "Hello! It is 2 + 2?"), ("assistant", begun)]
+    options = ChatOptions(continue_final_message=True)
+    got = Tokenizer(BYTE_LEVEL, OPEN_TEMPLATES[use], {}).render_chat(messages(chat), options)
+    expected = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=BYTE_LEVEL
+    ).apply_chat_template(
+        plain(chat),
+        chat_template=OPEN_TEMPLATES[use],
+        tokenize=False,
+        continue_final_message=True,
+    )
+    assert got == expected
+
+
+def test_a_final_message_of_the_demo_model_is_left_open(
+    demo: Tokenizer, demo_model_folder: Path
+) -> None:
+    reference = transformers.AutoTokenizer.from_pretrained(demo_model_folder)
+    chat = [("user", "What is 2 + 2?"), ("assistant", "It is")]
+    expected = reference.apply_chat_template(
+        plain(chat), continue_final_message=True, return_dict=False
+    )
+    assert demo.encode_chat(messages(chat), ChatOptions(continue_final_message=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "chat"),
+    [("{{ messages[0].content }}", CHATS[2]), ("", [("user", "Hi")]), ("{{ messages }}", [])],
+)
+def test_a_final_message_that_is_not_shown_can_not_be_continued(
+    template: str, chat: list[tuple[str, str]]
+) -> None:
+    tokenizer = Tokenizer(BYTE_LEVEL, template, {})
+    with pytest.raises(ValueError, match="chat: "):
+        tokenizer.render_chat(messages(chat), ChatOptions(continue_final_message=True))
+
+
+def test_a_template_gets_what_the_caller_sets_for_it() -> None:
+    template = (
+        "{{ messages[0].name }}{{ thinks }}{{ bos_token }}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = Tokenizer(BYTE_LEVEL, template, {"bos_token": "<s>"})
+    chat = [ChatMessage("user", "Hi", name="Al")]
+    assert tokenizer.render_chat(chat) == "Al<s>>"
+    options = ChatOptions(add_generation_prompt=False, variables={"thinks": "?", "bos_token": "!"})
+    assert tokenizer.render_chat(chat, options) == "Al?!"
+    for name in ("messages", "tools", "documents", "add_generation_prompt"):
+        with pytest.raises(InvalidArgument, match=f"chat_template_kwargs.{name}"):
+            ChatOptions(variables={name: None})
+
+
+def with_a_beginning() -> Tokenizer:
+    """Puts a token in front of every text, as Llama's does."""
+    backend = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", token_id(backend, "<|end|>"))]
+    )
+    return Tokenizer(backend, "{{ messages[0].content }}", {})
+
+
+def test_special_tokens_are_put_around_texts_and_not_around_chats_unless_asked() -> None:
+    tokenizer, end = with_a_beginning(), token_id(BYTE_LEVEL, "<|end|>")
+    plain_ids = BYTE_LEVEL.encode("Hi").ids
+    assert tokenizer.encode("Hi") == [end, *plain_ids]
+    assert tokenizer.encode("Hi", add_special_tokens=False) == plain_ids
+    chat = [ChatMessage("user", "Hi")]
+    assert tokenizer.encode_chat(chat) == plain_ids
+    assert tokenizer.encode_chat(chat, ChatOptions(add_special_tokens=True)) == [end, *plain_ids]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_those_of_the_text(demo: Tokenizer, text: str) -> None:
+    for tokenizer in (demo, Tokenizer(BYTE_LEVEL, None, {})):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_the_bytes_of_byte_tokens_and_words_are_what_they_stand_for() -> None:
+    tokenizer = Tokenizer(BYTE_FALLBACK, None, {})
+
+    def shown(name: str) -> tuple[bytes, str]:
+        token = token_id(BYTE_FALLBACK, name)
+        assert tokenizer.token_piece(token) == name
+        return tokenizer.token_bytes(token), tokenizer.token_text(token)
+
+    assert shown("▁Paris") == (b" Paris", " Paris")
+    assert shown("▁") == (b" ", " ")
+    assert shown("日") == ("日".encode(), "日")
+    assert shown("<0x41>") == (b"A", "A")
+    assert shown("<0xE6>") == (b"\xe6", "bytes:\\xe6")
+    assert shown("</s>") == (b"</s>", "</s>")
+
+
+def test_tokens_that_are_no_characters_are_shown_as_bytes() -> None:
+    tokenizer = Tokenizer(BYTE_LEVEL, None, {})
+    first, *_ = byte_ids(BYTE_LEVEL, "é".encode())
+    assert tokenizer.token_text(first) == "bytes:\\xc3"
+    assert tokenizer.token_text(token_id(BYTE_LEVEL, "<|end|>")) == "<|end|>"
+    assert tokenizer.token_text(token_id(BYTE_LEVEL, "Ġ")) == " "
+
+
+def test_ids_beyond_the_vocabulary_stand_for_nothing() -> None:
+    # Models round their vocabulary up.
+    tokenizer = Tokenizer(BYTE_LEVEL, None, {})
+    assert tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.token_text(10**6) == tokenizer.token_piece(10**6) == ""
+
+
+def test_tokens_of_other_kinds_are_decoded_alone() -> None:
+    backend = tokenizers.Tokenizer(models.WordPiece({"un": 0, "##able": 1}, unk_token="un"))
+    backend.decoder = decoders.WordPiece()
+    tokenizer = Tokenizer(backend, None, {})
+    assert tokenizer.token_bytes(0) == b"un"
+    backend = tokenizers.Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0"))
+    assert Tokenizer(backend, None, {}).token_bytes(0) == b"w0"
 
 
 @pytest.mark.parametrize(
