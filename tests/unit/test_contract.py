@@ -25,7 +25,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 import colrow.errors
 import colrow.v1
 from colrow.errors import BY_CODE, InvalidArgument, NotFound, ServiceError
-from colrow.rpc import CHANNEL_OPTIONS, Server, error_of
+from colrow.rpc import CHANNEL_OPTIONS, SERVER_OPTIONS, Server, error_of
 from colrow.v1 import (
     control_service_pb2,
     inference_service_pb2,
@@ -370,6 +370,13 @@ async def test_what_a_stream_holds_is_freed_when_its_client_leaves(
     async with asyncio.timeout(5):
         while not servicer.closed:
             await asyncio.sleep(0.01)
+
+
+def test_servers_allow_the_pings_that_clients_send() -> None:
+    """A connection that pings more often than the server allows is ended ("too many pings")."""
+    server, client = dict(SERVER_OPTIONS), dict(CHANNEL_OPTIONS)
+    allowed_ms = server["grpc.http2.min_ping_interval_without_data_ms"]
+    assert allowed_ms < client["grpc.keepalive_time_ms"]
 
 
 async def test_a_port_in_use_is_refused_by_its_address() -> None:
