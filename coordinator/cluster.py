@@ -25,7 +25,7 @@ from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import ShardGroup
+from coordinator.shard_group import TAKEN, ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
 
@@ -143,7 +143,8 @@ class Cluster:
     async def run(self) -> None:
         """Brings the cluster up and steps it until cancelled, through any number of lost workers.
 
-        Raises ServiceError or ValueError, kept in `error` too, when it can't come up at first.
+        Raises ServiceError or ValueError, kept in `error` too, when it can't come up at first, and
+        ServiceError when another coordinator has taken a worker.
         """
         try:
             engine = await self._start()
@@ -156,9 +157,15 @@ class Cluster:
                 try:
                     await self._step(engine)
                 except ServiceError as error:
+                    if error.reason == TAKEN:
+                        raise
                     await self._recover(engine, error)
         except asyncio.CancelledError:
             engine.fail(Unavailable("the coordinator has stopped", reason="STOPPED"))
+            raise
+        except ServiceError as error:
+            engine.fail(Unavailable(str(error), reason=error.reason))
+            await self._fail(error)
             raise
         except Exception as error:
             engine.fail(Internal(f"the coordinator failed: {error!r}"))
@@ -201,6 +208,8 @@ class Cluster:
                     await self._form(RECOVERY_ATTEMPT_S)
                     break
                 except ServiceError as failure:
+                    if failure.reason == TAKEN:
+                        raise
                     self.error = str(failure)
                     log.warning("the group can't form: %s", failure)
                     self._notify()
@@ -226,6 +235,8 @@ class Cluster:
         assert self.plan is not None and self.scheduler is not None
         await self.group.describe(timeout_s)
         self.group.check_versions()
+        if self.group.epoch:
+            self.group.check_not_taken()
         await self.group.join(self.group.choose_transport(self.config.transport))
         if self.state is not State.RECOVERING:
             self._set_state(State.LOADING)

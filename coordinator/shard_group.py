@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 JOIN_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 0.5
+TAKEN = "WORKER_TAKEN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class ShardGroup:
         self.workers = tuple(workers)
         self.statuses = [WorkerStatus(w.address, rank) for rank, w in enumerate(self.workers)]
         self.epoch = 0
+        self._last_epoch = 0  # also of those that did not come to be
         self.transport: str | None = None
         self._step_timeout_s = step_timeout_s
 
@@ -202,18 +204,33 @@ class ShardGroup:
         """Asks every worker for a sign of life, again and again; returns never.
 
         Unavailable, naming the worker, when one does not answer within `timeout_s` or has left the
-        group, as one does that was restarted.
+        group, as one does that was restarted. FailedPrecondition as `check_not_taken` raises it.
         """
 
         async def one(rank: int, worker: Worker) -> None:
             while True:
                 description = await worker.describe(timeout_s)
                 self.statuses[rank].description = description
+                self.check_not_taken()
                 if (description.epoch, description.size) != (self.epoch, self.size):
                     raise Unavailable("has left the group", reason="WORKER_LEFT")
                 await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
         await self._all(one)
+
+    def check_not_taken(self) -> None:
+        """FailedPrecondition when a worker has seen an epoch that is none of ours.
+
+        Another coordinator leads it then. The one that came last has it: taking it back would go on
+        for ever.
+        """
+        for status in self.statuses:
+            if status.description is not None and status.description.epoch > self._last_epoch:
+                raise FailedPrecondition(
+                    f"worker {status.rank} ({status.address}) was taken by another coordinator",
+                    reason=TAKEN,
+                    metadata={"rank": str(status.rank), "worker": status.address},
+                )
 
     def check_versions(self) -> None:
         """FailedPrecondition when a worker is of another version than the coordinator."""
@@ -242,7 +259,7 @@ class ShardGroup:
     async def join(self, transport: str) -> None:
         """Forms a group of a new epoch, with a communicator id that rank 0 makes."""
         seen = [status.description.epoch for status in self.statuses if status.description]
-        epoch = max([self.epoch, *seen]) + 1
+        epoch = self._last_epoch = max([self._last_epoch, *seen]) + 1
         # A worker may still be in the group of a coordinator that is gone.
         await self._all(self._leave_old_group)
 

@@ -29,7 +29,7 @@ SERVER_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A second server on a port that is in use must fail instead of sharing it.
     ("grpc.so_reuseport", 0),
-    # gRPC's own limit, one ping in five minutes on a quiet stream, ends connections that ping as ours do.
+    # The default allows one ping in five minutes on a quiet stream and cuts off who pings as ours do.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 

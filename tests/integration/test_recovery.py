@@ -232,6 +232,31 @@ def test_when_a_worker_stays_away_requests_fail_with_a_time_to_retry_until_it_is
         assert [token for piece in again for token in piece.token_ids] == expected
 
 
+def test_a_coordinator_whose_workers_another_one_takes_ends_and_does_not_take_them_back(
+    folder: Path, expected: list[int]
+) -> None:
+    supervisor = Supervisor(2)
+    first = start_coordinator(folder, supervisor.addresses)
+    try:
+        with Colrow(first.address) as client:
+            wait_until_serving(first, client)
+            second = start_coordinator(folder, supervisor.addresses)
+            with Colrow(second.address) as other:
+                wait_until_serving(second, other)
+                assert first.process.wait(10) == 1
+                assert "was taken by another coordinator" in first.log.read_text()
+                pieces = other.generate(PROMPT, max_tokens=30, temperature=0)
+                assert [token for piece in pieces for token in piece.token_ids] == expected[:30]
+                assert other.cluster().epoch == 2
+            assert second.stop() == 0
+            second.log.unlink()
+    finally:
+        first.process.kill()
+        first.process.wait()
+        first.log.unlink()
+        supervisor.stop()
+
+
 def test_a_worker_without_a_coordinator_frees_its_memory_and_can_be_joined_again(
     demo_model_folder: Path,
 ) -> None:
