@@ -113,8 +113,9 @@ class HttpServer:
         """Takes a port, any for 0, and returns it. InvalidArgument where it can't be had."""
         bare = host.strip("[]")
         family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        every = bare == "::" and socket.has_dualstack_ipv6()  # of IPv4 too, as gRPC takes it
         try:
-            self._socket = socket.create_server((bare, port), family=family)
+            self._socket = socket.create_server((bare, port), family=family, dualstack_ipv6=every)
         except OSError as error:
             raise InvalidArgument(
                 "http_port", port, f"can't be bound on {host} ({error.strerror})"

@@ -30,6 +30,7 @@ from colrow.errors import (
     Unavailable,
 )
 from coordinator.cluster import Cluster, State
+from coordinator.config import parse
 from coordinator.http_body import MAX_BODY_BYTES
 from coordinator.http_server import HttpServer, build
 from coordinator.request import ModelLimits, Output, Request, Usage
@@ -1020,6 +1021,16 @@ async def test_a_port_in_use_is_a_clear_error() -> None:
         server = HttpServer(cast(Any, None), stop_grace_s=1)
         with pytest.raises(InvalidArgument, match=rf"http_port = {port}: can't be bound on 127"):
             server.bind("127.0.0.1", port)
+
+
+async def test_the_ports_flag_has_a_default_and_a_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--model", ".", "--workers", "unused:1")
+    assert parse(flags).http_port == 8000
+    with pytest.raises(SystemExit):
+        parse((*flags, "--http-port", "65536"))
+    assert "--http-port 65536: is not in [0, 65535]" in capsys.readouterr().err
 
 
 async def test_the_server_leaves_signals_and_logging_to_its_process(served: Served) -> None:
