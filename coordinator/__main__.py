@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from colrow import logs
 from colrow.errors import ServiceError
-from coordinator import grpc_server, http_server
+from coordinator import grpc_server
 from coordinator.cluster import Cluster, ModelFolder, State
 from coordinator.config import CoordinatorConfig, parse
-from coordinator.http_server import HttpServer
+from coordinator.http import server as http_server
+from coordinator.http.server import HttpServer
 from coordinator.metrics import Metrics
 from coordinator.shard_group import ShardGroup
 from coordinator.telemetry import Telemetry

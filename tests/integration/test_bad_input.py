@@ -666,6 +666,7 @@ def failure(model: Path, workers: Sequence[str], *arguments: str) -> str:
             "coordinator",
             "coordinator",
             *("--model", str(model), "--workers", ",".join(workers), "--grpc-port", "0"),
+            *("--http-port", "0"),
             *arguments,
         )
     )

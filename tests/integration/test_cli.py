@@ -100,7 +100,7 @@ class Serve:
 def serving(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[Serve]:
     stdout, stderr = folder / "stdout", folder / "stderr"
     popen = subprocess.Popen(
-        [COMMAND, "serve", "--grpc-port", "0", *arguments],
+        [COMMAND, "serve", "--grpc-port", "0", "--http-port", "0", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=stdout.open("wb"),
@@ -261,7 +261,7 @@ def test_services_get_their_flags(colrow: Colrow, service: str) -> None:
 def test_a_coordinator_knows_the_demo_model_by_name(colrow: Colrow) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        flags = ("--model", "demo", "--workers", NOBODY, "--grpc-port", port)
+        flags = ("--model", "demo", "--workers", NOBODY, "--grpc-port", port, "--http-port", "0")
         done = colrow("coordinator", *flags)
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in done.stderr.splitlines()[-1]
@@ -305,7 +305,7 @@ def test_a_truncated_checkpoint_ends_serve_with_the_reason(
                 (tmp_path / file.name).write_bytes(whole.read(10_000_000))
         else:
             (tmp_path / file.name).symlink_to(file)
-    done = colrow("serve", str(tmp_path), "--grpc-port", "0")
+    done = colrow("serve", str(tmp_path), "--grpc-port", "0", "--http-port", "0")
     assert_one_clear_line(done, "coordinator ended with exit code 1", "model.safetensors")
 
 

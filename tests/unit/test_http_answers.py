@@ -13,9 +13,9 @@ from openai.types.chat import ChatCompletion as OpenAIChatCompletion
 from openai.types.chat import ChatCompletionChunk as OpenAIChunk
 from tokenizers import decoders, models
 
-from coordinator.openai_answers import ChatAnswer, CompletionAnswer, Frame, TokenNames
-from coordinator.openai_api import ChatCompletionRequest, CompletionRequest
-from coordinator.openai_requests import Prompt, chat_request, completion_requests
+from coordinator.http.answers import ChatAnswer, CompletionAnswer, Frame, TokenNames
+from coordinator.http.requests import Prompt, chat_request, completion_requests
+from coordinator.http.schema import ChatCompletionRequest, CompletionRequest
 from coordinator.request import Output, Request, Usage
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import Tokenizer

@@ -31,8 +31,8 @@ from colrow.errors import (
 )
 from coordinator.cluster import Cluster, State
 from coordinator.config import parse
-from coordinator.http_body import MAX_BODY_BYTES
-from coordinator.http_server import HttpServer, build
+from coordinator.http.body import MAX_BODY_BYTES
+from coordinator.http.server import HttpServer, build
 from coordinator.request import ModelLimits, Output, Request, Usage
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import Tokenizer

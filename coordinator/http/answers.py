@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from coordinator.openai_api import (
+from coordinator.http.requests import Prompt
+from coordinator.http.schema import (
     AssistantMessage,
     CachedTokens,
     ChatChoice,
@@ -29,7 +30,6 @@ from coordinator.openai_api import (
     PromptLogprobs,
     Usage,
 )
-from coordinator.openai_requests import Prompt
 from coordinator.request import Output
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import LOOK_BACK, TextStream, Tokenizer

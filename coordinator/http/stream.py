@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from colrow.errors import ServiceError
 from coordinator.engine import Engine
-from coordinator.http_errors import ClientGone, http_error, internal_error
-from coordinator.openai_answers import Answer
+from coordinator.http.answers import Answer
+from coordinator.http.errors import ClientGone, http_error, internal_error
 from coordinator.request import Output, Request
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,17 @@ from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Una
 from coordinator import request as engine_request
 from coordinator.cluster import Cluster, State
 from coordinator.engine import Engine
-from coordinator.http_body import StrictRoute
-from coordinator.http_errors import HttpError, http_error
-from coordinator.http_stream import EventStream, all_outputs, events, first_of, until_gone
-from coordinator.openai_answers import Answer, ChatAnswer, CompletionAnswer, Frame
-from coordinator.openai_api import (
+from coordinator.http.answers import Answer, ChatAnswer, CompletionAnswer, Frame
+from coordinator.http.body import StrictRoute
+from coordinator.http.errors import HttpError, http_error
+from coordinator.http.requests import (
+    Prompt,
+    chat_messages,
+    chat_options,
+    chat_request,
+    completion_requests,
+)
+from coordinator.http.schema import (
     ChatCompletion,
     ChatCompletionRequest,
     ChatRequest,
@@ -37,13 +43,7 @@ from coordinator.openai_api import (
     Tokens,
     Version,
 )
-from coordinator.openai_requests import (
-    Prompt,
-    chat_messages,
-    chat_options,
-    chat_request,
-    completion_requests,
-)
+from coordinator.http.stream import EventStream, all_outputs, events, first_of, until_gone
 from coordinator.request import Output
 from coordinator.tokenizer import Tokenizer
 

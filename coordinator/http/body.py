@@ -9,7 +9,7 @@ import fastapi
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
-from coordinator.http_errors import ClientGone, HttpError
+from coordinator.http.errors import ClientGone, HttpError
 
 MAX_BODY_BYTES = 16 * 2**20
 # A client that still sends when it is answered may never read why; so much more is taken and dropped.

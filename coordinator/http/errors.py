@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from colrow.errors import InvalidArgument, ServiceError
-from coordinator.openai_api import UNKNOWN, UNSUPPORTED, ErrorAnswer, ErrorBody
+from coordinator.http.schema import UNKNOWN, UNSUPPORTED, ErrorAnswer, ErrorBody
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -145,5 +145,5 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """The log says what it was; see `http_server.Outermost`."""
+    """The log says what it was; see `server.Outermost`."""
     return response(internal_error())

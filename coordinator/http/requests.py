@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from colrow.errors import InvalidArgument
-from coordinator.openai_api import (
+from coordinator.http.schema import (
     ChatCompletionRequest,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
     TokenizeRequest,
 )
-from coordinator.openai_api import Message as AskedMessage
+from coordinator.http.schema import Message as AskedMessage
 from coordinator.request import Request, SamplingRequest
 from coordinator.tokenizer import ChatMessage, ChatOptions
 

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from colrow import __version__
 from colrow.errors import InvalidArgument, ServiceError
-from coordinator import http_errors
 from coordinator.cluster import Cluster
-from coordinator.http_api import REQUEST_ID, Api, RenderMetrics, checked_id
+from coordinator.http import errors
+from coordinator.http.api import REQUEST_ID, Api, RenderMetrics, checked_id
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Outermost:
                 scope[REQUEST_ID] = checked_id(asked, "X-Request-Id")
             await self._app(scope, receive, send_named)
         except InvalidArgument as error:
-            await http_errors.response(http_errors.http_error(error))(scope, receive, send_named)
+            await errors.response(errors.http_error(error))(scope, receive, send_named)
         except Exception:
             log.exception(
                 "%s %s (request %s) failed",
@@ -72,11 +72,11 @@ def build(cluster: Cluster, render_metrics: RenderMetrics) -> ASGIApp:
         redirect_slashes=False,
     )
     app.include_router(Api(cluster, render_metrics).router())
-    app.add_exception_handler(HTTPException, http_errors.on_http_error)
-    app.add_exception_handler(RequestValidationError, http_errors.on_validation_error)
-    app.add_exception_handler(ServiceError, http_errors.on_service_error)
-    app.add_exception_handler(http_errors.ClientGone, http_errors.on_client_gone)
-    app.add_exception_handler(Exception, http_errors.on_bug)
+    app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(RequestValidationError, errors.on_validation_error)
+    app.add_exception_handler(ServiceError, errors.on_service_error)
+    app.add_exception_handler(errors.ClientGone, errors.on_client_gone)
+    app.add_exception_handler(Exception, errors.on_bug)
     return Outermost(app)
 
 

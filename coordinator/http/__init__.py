@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's shapes, and what operators look at."""
