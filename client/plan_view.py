@@ -130,13 +130,12 @@ def plan_summary(plan: ShardPlan) -> list[str]:
     if plan.tp_size == 1:
         return [*lines, "Communication: none, there is one rank."]
     per_layer = plan.all_reduce_bytes_per_token_per_layer
-    logits = max(plan.logits_bytes_per_sampled_token(rank) for rank in range(plan.tp_size))
     return [
         *lines,
         f"Communication: a rank puts {plan.all_reduce_bytes_per_token:,} bytes a token into "
         f"all-reduces: {per_layer:,} in each of {spec.num_layers} layers (after attention, after "
-        f"the MLP) and {per_layer // 2:,} after the embedding. A token that is sampled takes at "
-        f"most {logits:,} bytes of logits of a rank more; a greedy one takes its best candidate.",
+        f"the MLP) and {per_layer // 2:,} after the embedding. To choose a token the ranks exchange "
+        "a few numbers more, never their logits.",
     ]
 
 
@@ -166,7 +165,6 @@ def plan_data(plan: ShardPlan) -> dict[str, Any]:
                 "ranges": {str(axis): [r.start, r.stop] for axis, r in shard.ranges.items()},
                 "weight_bytes": shard.weight_bytes,
                 "kv_bytes_per_token": shard.kv_bytes_per_token,
-                "logits_bytes_per_sampled_token": plan.logits_bytes_per_sampled_token(shard.rank),
             }
             for shard in plan.ranks
         ],

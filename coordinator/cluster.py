@@ -110,6 +110,7 @@ class Cluster:
         self.num_recoveries = 0
         self.is_draining = False
         self._limits: ModelLimits | None = None
+        self._num_blocks = 0
         self._changed = asyncio.Event()
 
     @property
@@ -232,7 +233,7 @@ class Cluster:
 
     async def _form(self, timeout_s: float) -> None:
         """Joins the workers, in a new epoch, and has them loaded and ready for step 1."""
-        assert self.plan is not None and self.scheduler is not None
+        assert self.plan is not None
         await self.group.describe(timeout_s)
         self.group.check_versions()
         if self.group.epoch:
@@ -241,8 +242,7 @@ class Cluster:
         if self.state is not State.RECOVERING:
             self._set_state(State.LOADING)
         await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
-        blocks = self.scheduler.blocks
-        await self.group.allocate(blocks.num_blocks, blocks.block_size)
+        await self.group.allocate(self._num_blocks, self.config.block_size)
 
     async def _start(self) -> Engine:
         config, spec = self.config, self.model.spec
@@ -259,10 +259,12 @@ class Cluster:
         if config.memory_weighted:
             weights = tuple(float(d.memory_available_bytes) for d in descriptions)
         self.plan = make_plan(spec, self.group.size, dtype=config.dtype, memory_weights=weights)
-        num_blocks, self._limits = self._size_cache(self.plan)
-
+        self._num_blocks, self._limits = self._size_cache(self.plan)
+        self._set_state(State.JOINING)
+        await self._form(config.startup_timeout_s)
+        # Once the workers have room for so many blocks, an account of them is no risk.
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+            BlockManager(self._num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_batched_tokens=config.max_batched_tokens,
             max_running=config.max_running,
         )
@@ -275,8 +277,6 @@ class Cluster:
             max_waiting=config.max_waiting,
             observer=self._observer,
         )
-        self._set_state(State.JOINING)
-        await self._form(config.startup_timeout_s)
         return self.engine_or_none
 
     def _size_cache(self, plan: ShardPlan) -> tuple[int, ModelLimits]:

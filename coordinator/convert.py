@@ -297,7 +297,6 @@ def _rank_messages(plan: ShardPlan) -> list[shard_plan_pb2.RankShard]:
             ],
             weight_bytes=shard.weight_bytes,
             kv_bytes_per_token=shard.kv_bytes_per_token,
-            logits_bytes_per_sampled_token=plan.logits_bytes_per_sampled_token(shard.rank),
         )
         for shard in plan.ranks
     ]

@@ -19,7 +19,6 @@ from fractions import Fraction
 from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec, Section
 
 ITEMSIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-LOGITS_ITEMSIZE = 4  # logits are gathered and sampled in float32
 
 # Cuts of long axes fall on multiples of a quantum, so that GPU tiles and wide loads stay whole.
 _QUANTA = (64, 32, 16, 8, 4, 2, 1)
@@ -147,10 +146,6 @@ class ShardPlan:
             return 0
         num_all_reduces = 2 * self.spec.num_layers + 1
         return num_all_reduces * self.spec.hidden_size * self.itemsize
-
-    def logits_bytes_per_sampled_token(self, rank: int) -> int:
-        """The rank's slice of the vocabulary in float32, gathered once per sampled token."""
-        return 0 if self.tp_size == 1 else len(self.range(Axis.VOCAB, rank)) * LOGITS_ITEMSIZE
 
 
 def make_plan(

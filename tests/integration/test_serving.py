@@ -348,7 +348,6 @@ def expected_plan(plan: ShardPlan) -> shard_plan_pb2.ShardPlan:
                 ],
                 weight_bytes=plan.ranks[rank].weight_bytes,
                 kv_bytes_per_token=plan.ranks[rank].kv_bytes_per_token,
-                logits_bytes_per_sampled_token=plan.logits_bytes_per_sampled_token(rank),
             )
             for rank in range(plan.tp_size)
         ],

@@ -354,17 +354,14 @@ def test_bytes_communicated_by_a_token() -> None:
     plan = make_plan(model_spec(LLAMA_8B), 2)
     assert plan.all_reduce_bytes_per_token_per_layer == 2 * 4096 * 2
     assert plan.all_reduce_bytes_per_token == (2 * 32 + 1) * 4096 * 2  # and one of the embedding
-    assert plan.logits_bytes_per_sampled_token(1) == 64128 * 4  # float32 whatever the weights are
     wide = make_plan(model_spec(LLAMA_8B), 2, dtype="float32")
     assert wide.all_reduce_bytes_per_token == 2 * plan.all_reduce_bytes_per_token
-    assert wide.logits_bytes_per_sampled_token(1) == 64128 * 4
 
 
 def test_one_rank_communicates_and_replicates_nothing() -> None:
     plan = make_plan(model_spec(LLAMA_8B), 1)
     assert plan.all_reduce_bytes_per_token_per_layer == 0
     assert plan.all_reduce_bytes_per_token == 0
-    assert plan.logits_bytes_per_sampled_token(0) == 0
     assert plan.replicated_bytes == 0
     assert plan.ranks[0].weight_bytes == plan.checkpoint_bytes
 
