@@ -36,8 +36,13 @@ def serve(
         str | None, typer.Option(help="Id that clients see.", show_default="MODEL's name")
     ] = None,
     kv_cache_mib: Annotated[
-        int, typer.Option(min=1, help="KV cache of each rank, at most.")
-    ] = _DEFAULTS.kv_cache_bytes // 2**20,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV cache of each rank, at most.",
+            show_default="512 on a CPU; what a GPU has left",
+        ),
+    ] = None,
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens in a block of KV cache.")
     ] = _DEFAULTS.block_size,
@@ -53,9 +58,15 @@ def serve(
     ] = _DEFAULTS.max_running,
     memory_weights: MemoryWeights = None,
     transport: Annotated[
-        Literal["auto", "shm", "gloo"],
-        typer.Option(help="How workers exchange activations; auto is shared memory."),
+        Literal["auto", "shm", "gloo", "nccl"],
+        typer.Option(
+            help="How workers exchange activations; auto is NCCL between GPUs, else shared memory."
+        ),
     ] = "auto",
+    load_format: Annotated[
+        Literal["safetensors", "dummy"],
+        typer.Option(help="dummy: random weights for MODEL's config.json, to measure speed."),
+    ] = "safetensors",
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         typer.Option(help="Of the log files of the processes."),
@@ -68,8 +79,6 @@ def serve(
     from client.serving import Settings, how_to_call, running, termination_interrupts
     from client.views import console, held_table, rank_rows, rank_table
 
-    if device == "cuda":
-        raise ValueError("device = 'cuda': this build serves on CPU only; leave --device out")
     arguments: list[str] = []
     for name, value in {
         "kv-cache-mib": kv_cache_mib,
@@ -78,6 +87,7 @@ def serve(
         "max-batched-tokens": max_batched_tokens,
         "max-running": max_running,
         "transport": transport,
+        "load-format": load_format,
         "log-level": log_level,
     }.items():
         if value is not None:
@@ -85,6 +95,7 @@ def serve(
     settings = Settings(
         model=model,
         tp=tp,
+        device=device,
         dtype=dtype,
         memory_weights=memory_weights,
         host=host,

@@ -117,6 +117,7 @@ class LocalCluster:
     Args:
         model: a folder in Hugging Face layout.
         tp: how many workers.
+        devices: of each rank, as `colrow worker --device` takes them; by default all "cpu".
         dtype: "auto" is the checkpoint's.
         coordinator_args, worker_args: further flags of `colrow coordinator` and `colrow worker`.
         grpc_port, http_port: of the coordinator; 0 takes a free one, then in `target` and `http_url`.
@@ -129,6 +130,7 @@ class LocalCluster:
         model: Path,
         tp: int,
         *,
+        devices: Sequence[str] | None = None,
         dtype: str = "auto",
         coordinator_args: Sequence[str] = (),
         worker_args: Sequence[str] = (),
@@ -141,6 +143,7 @@ class LocalCluster:
             raise ValueError(f"tp must be positive, got {tp}")
         self.model = model
         self.tp = tp
+        self.devices = tuple(devices or ["cpu"] * tp)
         self.dtype = dtype
         self.host = host
         self.grpc_port = grpc_port
@@ -226,7 +229,7 @@ class LocalCluster:
         return self._spawn(
             f"worker {rank}",
             "shard_worker",
-            *("--port", str(port), *self._worker_args),
+            *("--port", str(port), "--device", self.devices[rank], *self._worker_args),
             restarts=port != 0,
         )
 

@@ -30,6 +30,8 @@ class Settings:
 
     model: str | None = None
     tp: int = DEFAULT_TP
+    device: str = "auto"
+    """"auto" is GPUs where there are any."""
     dtype: str = "auto"
     memory_weights: str | None = None
     host: str = "127.0.0.1"
@@ -73,7 +75,22 @@ def running(settings: Settings, messages: Console) -> Iterator[Running]:
         yield Running(local, cluster)
 
 
+def choose_devices(device: str, tp: int) -> list[str]:
+    """The device of each rank: a GPU of its own, or "cpu". ValueError where there are too few GPUs."""
+    # The driver's own list: asking CUDA would take a context, and a second to import torch.
+    num_gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if device == "cpu" or (device == "auto" and not num_gpus):
+        return ["cpu"] * tp
+    if num_gpus < tp:
+        raise ValueError(
+            f"tp = {tp}: each rank takes a GPU of its own, and this host has {num_gpus}; "
+            "--device cpu does without"
+        )
+    return [f"cuda:{rank}" for rank in range(tp)]
+
+
 def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
+    devices = choose_devices(settings.device, settings.tp)
     folder = resolve_model(settings.model, progress=progress)
     # A dry run, for its errors: seconds before the coordinator would come to the same ones.
     make_plan(
@@ -90,6 +107,7 @@ def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
     return LocalCluster(
         folder,
         settings.tp,
+        devices=devices,
         dtype=settings.dtype,
         coordinator_args=arguments,
         worker_args=settings.worker_args,

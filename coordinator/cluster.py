@@ -6,7 +6,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import TAKEN, ShardGroup
+from coordinator.shard_group import TAKEN, ShardGroup, WorkerDescription
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 STATUS_TIMEOUT_S = 2.0
+DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 RECOVERY_ATTEMPT_S = 10.0  # for lost workers to be back, before it is tried anew
 RECOVERY_PAUSE_S = 0.2
 GIVEN_UP_RETRY_S = 10.0
@@ -241,8 +242,20 @@ class Cluster:
         await self.group.join(self.group.choose_transport(self.config.transport))
         if self.state is not State.RECOVERING:
             self._set_state(State.LOADING)
-        await self.group.load(self.model.path, self.model.config_json, self.plan, self._notify)
-        await self.group.allocate(self._num_blocks, self.config.block_size)
+        await self.group.load(
+            self.model.path,
+            self.model.config_json,
+            self.plan,
+            self.config.load_format,
+            self._notify,
+        )
+        if self._limits is None:
+            # What a GPU has left is known once the weights are there.
+            descriptions = await self.group.describe(timeout_s)
+            self._num_blocks, self._limits = self._size_cache(self.plan, descriptions)
+        await self.group.allocate(
+            self._num_blocks, self.config.block_size, self._limits.context_length
+        )
 
     async def _start(self) -> Engine:
         config, spec = self.config, self.model.spec
@@ -259,9 +272,9 @@ class Cluster:
         if config.memory_weighted:
             weights = tuple(float(d.memory_available_bytes) for d in descriptions)
         self.plan = make_plan(spec, self.group.size, dtype=config.dtype, memory_weights=weights)
-        self._num_blocks, self._limits = self._size_cache(self.plan)
         self._set_state(State.JOINING)
         await self._form(config.startup_timeout_s)
+        assert self._limits is not None
         # Once the workers have room for so many blocks, an account of them is no risk.
         self.scheduler = Scheduler(
             BlockManager(self._num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -279,8 +292,10 @@ class Cluster:
         )
         return self.engine_or_none
 
-    def _size_cache(self, plan: ShardPlan) -> tuple[int, ModelLimits]:
-        """Blocks of the KV cache, which the rank with the most KV heads decides, and the context."""
+    def _size_cache(
+        self, plan: ShardPlan, descriptions: Sequence[WorkerDescription]
+    ) -> tuple[int, ModelLimits]:
+        """Blocks of the KV cache, as many as fit on every rank, and the context."""
         config, spec = self.config, self.model.spec
         context = spec.max_position_embeddings
         if config.max_model_len is not None:
@@ -291,19 +306,32 @@ class Cluster:
             context = config.max_model_len
         num_blocks = config.num_blocks
         if num_blocks is None:
-            block_bytes = config.block_size * max(r.kv_bytes_per_token for r in plan.ranks)
             # Sequences that fill the batch with whole contexts are all the cache could be used for.
-            most = config.max_running * -(-context // config.block_size)
-            num_blocks = min(config.kv_cache_bytes // block_bytes, most)
-            if num_blocks < 1:
-                raise InvalidArgument(
-                    "kv_cache_mib",
-                    config.kv_cache_bytes / 2**20,
-                    f"a block of {config.block_size} tokens takes {block_bytes} bytes on a rank",
-                )
+            num_blocks = config.max_running * -(-context // config.block_size)
+            for shard, description in zip(plan.ranks, descriptions, strict=True):
+                room = self._cache_bytes(description)
+                block_bytes = config.block_size * shard.kv_bytes_per_token
+                num_blocks = min(num_blocks, room // block_bytes)
+                if num_blocks < 1:
+                    raise InvalidArgument(
+                        "kv_cache_mib",
+                        room / 2**20,
+                        f"a block of {config.block_size} tokens takes {block_bytes} bytes on rank "
+                        f"{shard.rank}",
+                    )
         cache_tokens = num_blocks * config.block_size
         context = min(context, cache_tokens)
         return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids, cache_tokens)
+
+    def _cache_bytes(self, description: WorkerDescription) -> int:
+        """What a rank may spend on its KV cache."""
+        config = self.config
+        if config.kv_cache_bytes is not None:
+            return config.kv_cache_bytes
+        if not description.is_gpu:
+            return DEFAULT_CPU_CACHE_BYTES
+        kept = int((1 - config.gpu_memory_utilization) * description.memory_total_bytes)
+        return max(description.memory_available_bytes - kept, 0)
 
     async def drain(self) -> None:
         """Takes no new requests from now on; returns when those that run have ended."""

@@ -25,7 +25,9 @@ class CoordinatorConfig:
     transport: str | None
     memory_weights: tuple[float, ...] | None
     memory_weighted: bool
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
+    gpu_memory_utilization: float
+    load_format: str
     num_blocks: int | None
     block_size: int
     max_model_len: int | None
@@ -73,16 +75,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the checkpoint's")
     add(
         "--transport",
-        choices=("auto", "shm", "gloo"),
+        choices=("auto", "shm", "gloo", "nccl"),
         default="auto",
-        help="how workers exchange activations; auto is shared memory where they share a host",
+        help="how workers exchange activations; auto is NCCL between GPUs, shared memory where CPU "
+        "workers share a host",
     )
     add(
         "--memory-weights",
         help="relative shares of the model by rank, comma separated; 'auto' takes each worker's "
         "available memory (default: equal shares)",
     )
-    add("--kv-cache-mib", type=int, default=512, help="KV cache of each rank, at most")
+    add(
+        "--load-format",
+        choices=("safetensors", "dummy"),
+        default="safetensors",
+        help="dummy fills the model with random weights and reads no file but its config.json",
+    )
+    add(
+        "--kv-cache-mib",
+        type=int,
+        help="KV cache of each rank, at most (default: 512 on a CPU; on a GPU what is left, see "
+        "--gpu-memory-utilization)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="the share of a GPU's memory that weights and KV cache may take",
+    )
     add("--num-blocks", type=int, help="blocks of KV cache (default: what --kv-cache-mib holds)")
     add("--block-size", type=int, default=16, help="tokens in a block of KV cache")
     add("--max-model-len", type=int, help="context length in tokens (default: the model's)")
@@ -167,6 +187,8 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         value = getattr(flags, name)
         if value is not None and not 0 < value < 2**32:
             parser.error(f"--{name.replace('_', '-')} {value}: is not in (0, {2**32})")
+    if not 0 < flags.gpu_memory_utilization <= 1:
+        parser.error(f"--gpu-memory-utilization {flags.gpu_memory_utilization}: is not in (0, 1]")
     max_running = flags.max_running or min(DEFAULT_MAX_RUNNING, flags.max_batched_tokens)
     if max_running > flags.max_batched_tokens:
         parser.error(
@@ -201,7 +223,9 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         transport=None if flags.transport == "auto" else flags.transport,
         memory_weights=weights,
         memory_weighted=flags.memory_weights == "auto",
-        kv_cache_bytes=flags.kv_cache_mib * 2**20,
+        kv_cache_bytes=None if flags.kv_cache_mib is None else flags.kv_cache_mib * 2**20,
+        gpu_memory_utilization=flags.gpu_memory_utilization,
+        load_format=flags.load_format,
         num_blocks=flags.num_blocks,
         block_size=flags.block_size,
         max_model_len=flags.max_model_len,

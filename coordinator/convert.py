@@ -71,6 +71,11 @@ _TRANSPORT_VALUES = {
     "single": _worker_pb.TRANSPORT_SINGLE,
     "shm": _worker_pb.TRANSPORT_SHARED_MEMORY,
     "gloo": _worker_pb.TRANSPORT_GLOO,
+    "nccl": _worker_pb.TRANSPORT_NCCL,
+}
+_LOAD_FORMAT_VALUES = {
+    "safetensors": _worker_pb.LOAD_FORMAT_SAFETENSORS,
+    "dummy": _worker_pb.LOAD_FORMAT_DUMMY,
 }
 _TRANSPORTS = _inverse(_TRANSPORT_VALUES)
 _WORKER_STATE_VALUES = {
@@ -444,7 +449,7 @@ def transport_value(transport: str | None) -> _worker_pb.Transport:
 
 
 def load_request(
-    epoch: int, folder: Path, config_json: str, plan: ShardPlan
+    epoch: int, folder: Path, config_json: str, plan: ShardPlan, load_format: str
 ) -> _worker_pb.LoadShardRequest:
     return _worker_pb.LoadShardRequest(
         epoch=epoch,
@@ -455,6 +460,7 @@ def load_request(
         ranks=_rank_messages(plan),
         ignored_keys=plan.spec.ignored,
         optional_prefix=plan.spec.optional_prefix,
+        load_format=_LOAD_FORMAT_VALUES[load_format],
     )
 
 

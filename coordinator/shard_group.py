@@ -65,6 +65,10 @@ class WorkerDescription:
     communication: tuple[OpStats, ...]
     supported_architectures: tuple[str, ...]
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
@@ -129,9 +133,12 @@ class Worker(Protocol):
         folder: Path,
         config_json: str,
         plan: ShardPlan,
+        load_format: str,
         progress: Callable[[LoadProgress], None],
     ) -> int: ...
-    async def allocate(self, *, epoch: int, num_blocks: int, block_size: int) -> int: ...
+    async def allocate(
+        self, *, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+    ) -> int: ...
     async def compute_partial(
         self, *, epoch: int, module: str, activation: np.ndarray
     ) -> Partial: ...
@@ -246,10 +253,24 @@ class ShardGroup:
                 )
 
     def choose_transport(self, wanted: str | None) -> str:
-        """Shared memory where all ranks share a host, Gloo where they don't; `wanted` decides first."""
+        """NCCL between GPUs; else shared memory where all ranks share a host, Gloo where they don't.
+
+        `wanted` decides first. FailedPrecondition where the workers can't use it.
+        """
+        descriptions = [status.description for status in self.statuses if status.description]
+        on_gpu = {description.is_gpu for description in descriptions}
+        if len(on_gpu) > 1:
+            devices = ", ".join(f"{d.rank}: {d.device}" for d in descriptions)
+            raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({devices})")
         if self.size == 1:
             return "single"
-        hosts = {status.description.host_id for status in self.statuses if status.description}
+        if True in on_gpu:
+            if wanted not in (None, "nccl"):
+                raise FailedPrecondition(f"transport = {wanted!r}: between GPUs it is nccl")
+            return "nccl"
+        if wanted == "nccl":
+            raise FailedPrecondition("transport = 'nccl': the workers are on CPUs")
+        hosts = {description.host_id for description in descriptions}
         if wanted == "shm" and len(hosts) > 1:
             raise FailedPrecondition(
                 f"transport = 'shm': the workers are on {len(hosts)} hosts that share no memory"
@@ -285,7 +306,12 @@ class ShardGroup:
             await worker.abort(epoch=description.epoch, timeout_s=JOIN_TIMEOUT_S)
 
     async def load(
-        self, folder: Path, config_json: str, plan: ShardPlan, changed: Callable[[], None]
+        self,
+        folder: Path,
+        config_json: str,
+        plan: ShardPlan,
+        load_format: str,
+        changed: Callable[[], None],
     ) -> None:
         """Every worker loads its shard; `changed` is called when `statuses` show progress.
 
@@ -302,6 +328,7 @@ class ShardGroup:
                 folder=folder,
                 config_json=config_json,
                 plan=plan,
+                load_format=load_format,
                 progress=progress,
             )
 
@@ -313,11 +340,14 @@ class ShardGroup:
                     f"{shard.weight_bytes}"
                 )
 
-    async def allocate(self, num_blocks: int, block_size: int) -> None:
+    async def allocate(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
         """Every worker allocates the KV cache; then steps can be sent."""
         await self._all(
             lambda rank, worker: worker.allocate(
-                epoch=self.epoch, num_blocks=num_blocks, block_size=block_size
+                epoch=self.epoch,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_model_len=max_model_len,
             )
         )
         for worker in self.workers:

@@ -80,9 +80,10 @@ class WorkerClient:
         folder: Path,
         config_json: str,
         plan: ShardPlan,
+        load_format: str,
         progress: Callable[[LoadProgress], None],
     ) -> int:
-        request = convert.load_request(epoch, folder, config_json, plan)
+        request = convert.load_request(epoch, folder, config_json, plan, load_format)
         response = None
         try:
             async for response in self._stub.LoadShard(request):
@@ -93,9 +94,14 @@ class WorkerClient:
             raise Unavailable("LoadShard ended without an answer")
         return response.weight_bytes
 
-    async def allocate(self, *, epoch: int, num_blocks: int, block_size: int) -> int:
+    async def allocate(
+        self, *, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+    ) -> int:
         request = _pb.AllocateKvCacheRequest(
-            epoch=epoch, num_blocks=num_blocks, block_size=block_size
+            epoch=epoch,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len,
         )
         response = await _answer(self._stub.AllocateKvCache(request, timeout=CALL_TIMEOUT_S))
         return response.kv_cache_bytes

@@ -17,12 +17,16 @@ from shard_worker.executor import Executor
 log = logging.getLogger("shard_worker")
 
 STOP_GRACE_S = 2.0
+SWITCH_INTERVAL_S = 0.0005
 
 
 async def serve(config: WorkerConfig) -> None:
     """Serves until SIGTERM or SIGINT."""
     torch.set_num_threads(config.num_threads)
+    # The thread that launches steps would keep those that answer from running for 5 ms at a time.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     executor = Executor(config)
+    await executor.open()
     server = grpc_server.build(executor)
     port = await server.start(f"{config.host}:{config.port}")
     # A worker serves as soon as it can be joined; how far it is, Describe tells.

@@ -11,6 +11,7 @@ for each row, read straight into place; `pread` counts what was read, which a me
 import fnmatch
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -224,6 +225,29 @@ def load(
             done += _read_slice(descriptors[tensor.file], tensor, layout, name, destinations[name])
             progress(LoadProgress(done, total, count, len(stored)))
     return done
+
+
+def fill_randomly(
+    layout: ShardLayout,
+    destinations: Mapping[str, Tensor],
+    progress: Callable[[LoadProgress], None],
+) -> None:
+    """Fills every destination with numbers of the usual size, without a checkpoint.
+
+    What all ranks hold whole is the same on all of them.
+    """
+    total = sum(destination.nbytes for destination in destinations.values())
+    done = 0
+    for count, (name, destination) in enumerate(destinations.items(), 1):
+        split = layout.parameters[name].split_dim is not None
+        seed = zlib.crc32(name.encode()) + (layout.rank if split else 0)
+        if destination.dim() < 2:
+            destination.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator(destination.device).manual_seed(seed)
+            destination.normal_(0.0, 0.02, generator=generator)
+        done += destination.nbytes
+        progress(LoadProgress(done, total, count, len(destinations)))
 
 
 def _read_slice(

@@ -1,6 +1,7 @@
 """The settings of a worker process. Nothing below this reads flags or the environment."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ class WorkerConfig:
     port: int
     advertise_host: str
     device: str
+    cuda_graphs: bool
     num_threads: int
     lease_s: float
     log_level: str
@@ -37,7 +39,17 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         "--advertise-host",
         help="address under which other workers reach this one (default: --host)",
     )
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where the shard lives")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the shard lives: cpu, cuda or, of several GPUs, cuda:N",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, decode steps are captured and replayed as a whole",
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -62,6 +74,8 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
     flags = parser.parse_args(arguments)
     if not 0 <= flags.port <= 65535:
         parser.error(f"--port {flags.port}: is not in [0, 65535]")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", flags.device):
+        parser.error(f"--device {flags.device}: is none of cpu, cuda, cuda:N")
     if flags.threads < 1:
         parser.error(f"--threads {flags.threads}: is not positive")
     if not 0 < flags.lease < float("inf"):
@@ -71,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         port=flags.port,
         advertise_host=flags.advertise_host or flags.host,
         device=flags.device,
+        cuda_graphs=flags.cuda_graphs,
         num_threads=flags.threads,
         lease_s=flags.lease,
         log_level=flags.log_level,

@@ -41,6 +41,7 @@ _TRANSPORTS = {
     _pb.TRANSPORT_SINGLE: "single",
     _pb.TRANSPORT_SHARED_MEMORY: "shm",
     _pb.TRANSPORT_GLOO: "gloo",
+    _pb.TRANSPORT_NCCL: "nccl",
 }
 _TRANSPORT_VALUES = {name: value for value, name in _TRANSPORTS.items()}
 _STATES = {
@@ -78,6 +79,7 @@ def load_request(request: _pb.LoadShardRequest) -> LoadRequest:
         ranks=[{_axis(r.axis): (r.start, r.stop) for r in rank.ranges} for rank in request.ranks],
         ignored_keys=list(request.ignored_keys),
         optional_prefix=request.optional_prefix,
+        is_dummy=request.load_format == _pb.LOAD_FORMAT_DUMMY,
     )
 
 

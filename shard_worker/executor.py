@@ -15,9 +15,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from colrow.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
+    ResourceExhausted,
     Unavailable,
 )
 from shard_worker import checkpoint, models
@@ -39,6 +41,7 @@ from shard_worker.communicator import (
     CommunicatorTimeout,
 )
 from shard_worker.communicator.gloo import GlooCommunicator
+from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
@@ -90,6 +93,8 @@ class LoadRequest:
     ranks: Sequence[dict[str, tuple[int, int]]]
     ignored_keys: Sequence[str]
     optional_prefix: str
+    is_dummy: bool = False
+    """Weights are random, and no file is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,11 @@ class Executor:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._device = torch.device(config.device)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="device", initializer=self._take_device
+        )
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
+        self._memory = (0, 0)  # of a GPU: available, total; as the device thread last saw it
         self._state = State.IDLE
         self._last_epoch = 0
         self._calls = 0
@@ -164,10 +173,26 @@ class Executor:
         self._last_step_id = 0
         self._file_bytes_read = 0
 
-    async def _on_device(self, function: Callable[[], T]) -> T:
-        """Runs `function` on the device thread; a communicator's failure becomes the caller's error."""
+    async def _on_device(
+        self, function: Callable[[], T], thread: ThreadPoolExecutor | None = None
+    ) -> T:
+        """Runs `function` on the device thread; what the device refuses becomes the caller's error."""
+
+        def run() -> T:
+            try:
+                return function()
+            except Exception as error:
+                # An error that somebody keeps must not keep the tensors of its frames.
+                traceback.clear_frames(error.__traceback__)
+                raise
+
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+            return await loop.run_in_executor(thread or self._thread, run)
+        except torch.OutOfMemoryError as error:
+            raise ResourceExhausted(
+                f"{self._device} is out of memory: {error}", reason="OUT_OF_MEMORY"
+            ) from error
         except CommunicatorTimeout as error:
             raise DeadlineExceeded(str(error), reason="PEER_TIMEOUT") from error
         except CommunicatorAborted as error:
@@ -175,15 +200,36 @@ class Executor:
         except CommunicatorError as error:
             raise Unavailable(str(error), reason="COMMUNICATOR_FAILED") from error
 
+    def _take_device(self) -> None:
+        """Makes a GPU this thread's own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            self._measure_memory()
+
+    def _measure_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            self._memory = torch.cuda.mem_get_info(self._device)
+
+    async def open(self) -> None:
+        """Takes the device. InvalidArgument when there is none of that name."""
+        try:
+            await self._on_device(lambda: None)
+        except (RuntimeError, AssertionError) as error:
+            raise InvalidArgument("device", str(self._device), str(error)) from error
+
     def describe(self) -> Description:
         """Answers at once, whatever the device does."""
         memory = psutil.virtual_memory()
+        available, total = memory.available, memory.total
+        if self._device.type == "cuda":
+            available, total = self._memory
         return Description(
             host_id=host_id(),
             pid=os.getpid(),
             device=str(self._device),
-            memory_total=memory.total,
-            memory_available=memory.available,
+            memory_total=total,
+            memory_available=available,
             state=self._state,
             epoch=self._last_epoch,
             group=self._group,
@@ -207,7 +253,12 @@ class Executor:
                     self._config.advertise_host
                 )
                 return communicator_id
-        raise InvalidArgument("transport", transport, "is none of single, shm, gloo")
+            case "nccl":
+                communicator_id, self._store = NcclCommunicator.create_id(
+                    self._config.advertise_host
+                )
+                return communicator_id
+        raise InvalidArgument("transport", transport, "is none of single, shm, gloo, nccl")
 
     async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> None:
         """Joins the other ranks of `group`; weights of the same rank and size stay in memory."""
@@ -274,7 +325,20 @@ class Executor:
                     interface_host=self._config.advertise_host,
                     abandoned=abandoned,
                 )
-        raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo")
+            case "nccl":
+                if self._device.type != "cuda":
+                    raise InvalidArgument("transport", "nccl", f"this worker is on {self._device}")
+                return NcclCommunicator.join(
+                    communicator_id,
+                    group.rank,
+                    group.size,
+                    device=self._device,
+                    timeout_s=timeout_s,
+                    store=store,
+                    interface_host=self._config.advertise_host,
+                    abandoned=abandoned,
+                )
+        raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo, nccl")
 
     async def load(
         self,
@@ -318,39 +382,56 @@ class Executor:
             group.rank,
             tuple(request.ranks),
         )
-        opened = checkpoint.Checkpoint.open(request.model_path)
-        self._file_bytes_read += opened.bytes_read
+        opened = None if request.is_dummy else checkpoint.Checkpoint.open(request.model_path)
+        files: checkpoint.FileVersions = ()
+        if opened is not None:
+            self._file_bytes_read += opened.bytes_read
+            files = opened.files
         held = self._shard
-        if held and (held.request, held.files) == (request, opened.files):
+        if held and (held.request, held.files) == (request, files):
             return held
         self._shard = None  # its memory is free before the new one is allocated
         self._tp.forget_stats()
-        stored = checkpoint.match_keys(
-            layout, opened, request.ignored_keys, request.optional_prefix
-        )
+        stored: Mapping[str, checkpoint.StoredTensor] = {}
+        if opened is not None:
+            stored = checkpoint.match_keys(
+                layout, opened, request.ignored_keys, request.optional_prefix
+            )
         tensors = ShardTensors(layout, self._tp, request.dtype, self._device)
         model = models.build(request.config, tensors)
-        self._file_bytes_read += checkpoint.load(layout, stored, tensors.destinations, progress)
+        if opened is not None:
+            self._file_bytes_read += checkpoint.load(layout, stored, tensors.destinations, progress)
+        else:
+            checkpoint.fill_randomly(layout, tensors.destinations, progress)
         weight_bytes = tensors.num_bytes
         tensors.finish()
-        return _Shard(model, tensors, weight_bytes, request, opened.files)
+        self._measure_memory()
+        return _Shard(model, tensors, weight_bytes, request, files)
 
-    async def allocate(self, epoch: int, num_blocks: int, block_size: int) -> int:
-        """Allocates the KV cache and returns its bytes; forgets all sequences and starts at step 1."""
+    async def allocate(
+        self, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+    ) -> int:
+        """Allocates the KV cache and returns its bytes; forgets all sequences and starts at step 1.
+
+        max_model_len: the longest that a sequence gets, in tokens; 0 is what the cache holds.
+        """
         self._check(epoch, State.LOADED)
         for field, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
                 raise InvalidArgument(field, value, "is not positive")
-        self._runner = await self._on_device(lambda: self._allocate(num_blocks, block_size))
+        most = min(num_blocks, -(-max_model_len // block_size) or num_blocks)
+        self._runner = await self._on_device(lambda: self._allocate(num_blocks, block_size, most))
         self._check(epoch, State.LOADED)
         self._last_step_id = 0
         self._state = State.READY
         return self._runner.kv_cache.num_bytes
 
-    def _allocate(self, num_blocks: int, block_size: int) -> ModelRunner:
+    def _allocate(self, num_blocks: int, block_size: int, max_blocks: int) -> ModelRunner:
         shard, tp = self._shard, self._tp
         assert shard is not None and tp is not None
-        self._runner = None
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
         cache = KvCache.allocate(
             num_layers=shard.model.num_layers,
             num_blocks=num_blocks,
@@ -362,7 +443,16 @@ class Executor:
         )
         head = shard.model.lm_head
         sampler = Sampler(tp, head.rank_sizes, head.start, self._device)
-        return ModelRunner(shard.model, sampler, cache, shard.vocab_size)
+        is_gpu = self._device.type == "cuda"
+        self._measure_memory()
+        return ModelRunner(
+            shard.model,
+            sampler,
+            cache,
+            shard.vocab_size,
+            device=self._device,
+            max_blocks=max_blocks if is_gpu and self._config.cuda_graphs else None,
+        )
 
     def execute(self, epoch: int, step: Step) -> "asyncio.Future[StepResult]":
         """Queues a step behind those before it. FailedPrecondition on a gap or a stale epoch."""
@@ -375,18 +465,28 @@ class Executor:
         self._last_step_id = step.step_id
         runner = self._runner
         assert runner is not None
-        return asyncio.ensure_future(self._on_device(lambda: runner.execute(step)))
+        return asyncio.ensure_future(self._execute(runner, step))
+
+    async def _execute(self, runner: ModelRunner, step: Step) -> StepResult:
+        launched = await self._on_device(lambda: runner.launch(step))
+        if launched.is_done:
+            return launched.result()
+        # Another thread waits, so that the device's goes on to launch the next step.
+        return await self._on_device(launched.result, self._reader)
 
     async def compute_partial(self, epoch: int, module: str, activation: Tensor) -> Partial:
         """One module alone, between steps."""
         self._check(epoch, State.LOADED, State.READY)
         shard = self._shard
         assert shard is not None
-        if activation.is_floating_point():
-            activation = activation.to(shard.tensors.dtype)
-        return await self._on_device(
-            lambda: compute_partial(shard.model, shard.tensors.layout, module, activation)
-        )
+        dtype = shard.tensors.dtype if activation.is_floating_point() else activation.dtype
+
+        def compute() -> Partial:
+            x = activation.to(self._device, dtype)
+            partial = compute_partial(shard.model, shard.tensors.layout, module, x)
+            return replace(partial, output=partial.output.cpu())
+
+        return await self._on_device(compute)
 
     async def abort(self, epoch: int) -> None:
         """Leaves the group: what waits in a collective fails, weights stay, sequences go."""
@@ -398,12 +498,20 @@ class Executor:
             )
         log.info("aborting epoch %d", epoch)
         self._abandoned.set()
-        self._group, self._runner = None, None
+        runner, self._runner = self._runner, None
+        self._group = None
         self._state = State.IDLE
-        if self._tp:
-            comm = self._tp.comm
+        comm = self._tp.comm if self._tp else None
+        if comm is not None:
             comm.abort()
-            await self._on_device(comm.close)
+
+        def leave() -> None:
+            if comm is not None:
+                comm.close()
+            if runner is not None:
+                runner.close()
+
+        await self._on_device(leave)
 
     async def keep_lease(self) -> None:
         """Frees the device when no coordinator has called for `lease_s`; returns never.
@@ -423,6 +531,7 @@ class Executor:
                     await self.abort(self._group.epoch)
                 self._tp = self._shard = None
                 _give_memory_back()
+                await self._on_device(self._measure_memory)
             self._called_at = time.monotonic()
 
     @contextlib.contextmanager
@@ -441,6 +550,7 @@ class Executor:
             self._tp.comm.abort()
             await self._on_device(self._tp.comm.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, epoch: int, *allowed: State) -> Group:
         if self._group is None or epoch != self._group.epoch:

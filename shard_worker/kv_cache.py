@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ResourceExhausted
+from shard_worker import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,13 @@ class LayerCache:
     values: Tensor
 
     def write(self, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores [num_tokens, kv_heads, head_dim] at slots [num_tokens] (block · size + offset)."""
+        """Stores [num_tokens, kv_heads, head_dim] at slots [num_tokens] (block · size + offset).
+
+        On a GPU a negative slot is none: a row that only pads the batch.
+        """
+        if keys.is_cuda:
+            kernels.attention.write_kv(keys, values, self.keys, self.values, slot_mapping)
+            return
         self.keys.flatten(0, 1).index_copy_(0, slot_mapping, keys)
         self.values.flatten(0, 1).index_copy_(0, slot_mapping, values)
 
@@ -55,14 +62,16 @@ class KvCache:
         num_bytes = prod(shape) * dtype.itemsize
 
         def zeros() -> Tensor:
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
             # NumPy's zeros come lazily from the system, so a block takes memory once it is written;
             # torch would write them. They must be finite: what a mask hides is multiplied by zero.
             lazy = np.zeros(num_bytes, dtype=np.uint8)
-            return torch.from_numpy(lazy).view(dtype).view(shape).to(device)
+            return torch.from_numpy(lazy).view(dtype).view(shape)
 
         try:
             layers = tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers))
-        except (MemoryError, ValueError) as error:
+        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise ResourceExhausted(
                 f"num_blocks = {num_blocks}: of {block_size} tokens each they take "
                 f"{2 * num_layers * num_bytes} bytes of KV cache, more than there are"

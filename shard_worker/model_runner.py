@@ -1,14 +1,14 @@
 """Turns a step of the schedule into a forward pass, and its logits into tokens.
 
-The runner knows each sequence's tokens, how many of them are computed, and its block table. A sampled
-token is appended here and is the next step's input, so a step can be sent before the last one's
-tokens were read.
+The runner knows each sequence's prompt, how many tokens it has and how many of them are computed, and
+its block table. A sampled token stays on the device, where it is the next step's input: a step can be
+launched before the last one's tokens were read, or even exist.
 """
 
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from colrow.errors import InvalidArgument
 from shard_worker.adjustments import Adjustment
+from shard_worker.decode_graphs import DecodeGraphs, DecodeInputs
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
+from shard_worker.host import to_device
 from shard_worker.kv_cache import KvCache
 from shard_worker.logprobs import TokenLogprobs
 from shard_worker.models import Model
@@ -25,6 +27,7 @@ from shard_worker.sampling import Sampling
 
 # Of a prompt's logits, so that a long one takes no more memory than this: at 128k token ids, 64 MiB.
 _LOGPROB_ROWS = 128
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +87,97 @@ class StepResult:
     logprobs: Sequence[SequenceLogprobs] = ()
 
 
+class _Stopwatch:
+    """How long the device works from here to `stop`. On a GPU that is not known before it has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._began_ns = time.perf_counter_ns()
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
+            self._events[0].record()
+
+    def stop(self) -> None:
+        self._ended_ns = time.perf_counter_ns()
+        if self._events is not None:
+            self._events[1].record()
+
+    @property
+    def is_done(self) -> bool:
+        return self._events is None
+
+    def wait(self) -> int:
+        """Waits for the device; the time in microseconds."""
+        if self._events is None:
+            return (self._ended_ns - self._began_ns) // 1000
+        started, ended = self._events
+        ended.synchronize()
+        return int(started.elapsed_time(ended) * 1000)
+
+
+class Launched:
+    """A step that was queued on the device. `result` waits for it and may be called by any thread."""
+
+    def __init__(
+        self,
+        step: Step,
+        watch: "_Stopwatch",
+        sampled: Sequence[int],
+        tokens: Tensor,
+        logprobs: Sequence[SequenceLogprobs],
+    ) -> None:
+        """sampled: sequence ids. tokens: int64 [len(sampled)], on the device."""
+        self._step, self._watch = step, watch
+        self._sampled, self._logprobs = sampled, logprobs
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+        else:
+            self._tokens = tokens
+        watch.stop()
+
+    @property
+    def is_done(self) -> bool:
+        """`result` will not wait."""
+        return self._watch.is_done
+
+    def result(self) -> StepResult:
+        """The tokens, in the order of the step's chunks."""
+        duration_us = self._watch.wait()
+        tokens = dict(zip(self._sampled, self._tokens.tolist(), strict=True))
+        ordered = [chunk.sequence_id for chunk in self._step.chunks if chunk.sequence_id in tokens]
+        return StepResult(
+            step_id=self._step.step_id,
+            sequence_ids=ordered,
+            token_ids=[tokens[sequence_id] for sequence_id in ordered],
+            duration_us=duration_us,
+            logprobs=self._logprobs,
+        )
+
+
 @dataclass(slots=True)
 class _Sequence:
     sequence_id: int
-    token_ids: list[int]
+    row: int
+    """Of `ModelRunner.last_tokens`."""
+    token_ids: Sequence[int]
+    """Those that the coordinator sent."""
+    num_tokens: int
+    """Those that were sampled since among them."""
     num_prompt_tokens: int
     sampling: Sampling
     block_ids: "array[int]"
     num_computed: int
     adjustment: Adjustment | None
+
+    @property
+    def is_plain(self) -> bool:
+        """The likeliest token is all that is asked for."""
+        sampling = self.sampling
+        return sampling.temperature == 0 and sampling.logprobs is None and self.adjustment is None
 
 
 @dataclass(slots=True)
@@ -106,7 +191,7 @@ class _Span:
 
     @property
     def samples(self) -> bool:
-        return self.stop == len(self.sequence.token_ids)
+        return self.stop == self.sequence.num_tokens
 
     @property
     def last_row(self) -> int:
@@ -114,45 +199,125 @@ class _Span:
 
 
 class ModelRunner:
-    """Executes steps on one shard; every rank runs the same steps and keeps the same sequences."""
+    """Executes steps on one shard; every rank runs the same steps and keeps the same sequences.
 
-    def __init__(self, model: Model, sampler: Sampler, kv_cache: KvCache, vocab_size: int) -> None:
+    `last_tokens` has the newest token of each sequence, in the sequence's row; the last row is nobody's.
+    `graphs` run steps that only decode; without them, and for other steps, operations are launched one
+    by one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Sampler,
+        kv_cache: KvCache,
+        vocab_size: int,
+        *,
+        device: torch.device = _CPU,
+        max_blocks: int | None = None,
+    ) -> None:
+        """max_blocks: of one sequence, where steps are to be captured as CUDA graphs."""
         self.model = model
         self.sampler = sampler
         self.kv_cache = kv_cache
         self.vocab_size = vocab_size
+        self.device = device
+        # A sequence that runs has a block of its own, so there are never more of them.
+        self.last_tokens = torch.zeros(kv_cache.num_blocks + 1, dtype=torch.int64, device=device)
+        self.graphs: DecodeGraphs | None = None
+        if max_blocks is not None:
+            self.graphs = DecodeGraphs(
+                lambda batch: model.lm_head(model(batch)),
+                sampler.greedy,
+                kv_cache,
+                self.last_tokens,
+                max_blocks=max_blocks,
+            )
         self._sequences: dict[int, _Sequence] = {}
+        self._free_rows: list[int] = []
+        self._num_rows = 0
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult:
-        """Runs one step. InvalidArgument, before anything runs, when it does not fit the sequences."""
-        began = time.perf_counter_ns()
+    def launch(self, step: Step) -> Launched:
+        """Queues one step. InvalidArgument, before anything runs, when it does not fit the sequences."""
         self._check(step)
+        watch = _Stopwatch(self.device)
         self._admit(step)
         prefills, decodes = self._spans(step.chunks)
-        logprobs: list[SequenceLogprobs] = []
-        sampled: dict[int, int] = {}
-        if spans := prefills + decodes:
-            hidden = self.model(self._batch(prefills, decodes))
-            logprobs += self._prompt_logprobs(spans, hidden)
-            if sampling := [span for span in spans if span.samples]:
-                tokens, own = self._sample(sampling, hidden)
+        spans = prefills + decodes
+        sampling = [span for span in spans if span.samples]
+        if not spans:
+            return Launched(step, watch, (), self.last_tokens[:0], ())
+        self._set_known_tokens(decodes)
+        if not prefills and self._fit_a_graph(decodes):
+            tokens, logprobs = self._replay(sampling, decodes)
+        else:
+            batch = self._batch(prefills, decodes)
+            last_rows = self._to_device([span.last_row for span in sampling])
+            hidden = self.model(batch)
+            logprobs = self._prompt_logprobs(spans, hidden)
+            tokens = self.last_tokens[:0]
+            if sampling:
+                logits = self.model.lm_head(hidden[last_rows])
+                tokens, own = self._sample(sampling, logits)
                 logprobs += own
-                for span, token in zip(sampling, tokens, strict=True):
-                    sampled[span.sequence.sequence_id] = token
-                    span.sequence.token_ids.append(token)
-                    if span.sequence.adjustment is not None:
-                        span.sequence.adjustment.append(token)
-            for span in spans:
-                span.sequence.num_computed = span.stop
-        ordered = [c.sequence_id for c in step.chunks if c.sequence_id in sampled]
-        return StepResult(
-            step_id=step.step_id,
-            sequence_ids=ordered,
-            token_ids=[sampled[sequence_id] for sequence_id in ordered],
-            duration_us=(time.perf_counter_ns() - began) // 1000,
-            logprobs=logprobs,
+        for span in spans:
+            span.sequence.num_computed = span.stop
+        for span in sampling:
+            span.sequence.num_tokens += 1
+        sampled = [span.sequence.sequence_id for span in sampling]
+        return Launched(step, watch, sampled, tokens, logprobs)
+
+    def close(self) -> None:
+        """Gives up the cache and all that refers to it, whoever may still refer to this."""
+        self.graphs = None
+        self.kv_cache = replace(self.kv_cache, layers=())
+        self._sequences.clear()
+
+    def _fit_a_graph(self, decodes: Sequence[_Span]) -> bool:
+        # A step's prompt log-probabilities need the hidden states, which a graph does not give.
+        return (
+            self.graphs is not None
+            and len(decodes) <= self.graphs.max_sequences
+            and not any(self._foretells_prompt(span) for span in decodes)
         )
+
+    def _replay(
+        self, sampling: Sequence[_Span], decodes: Sequence[_Span]
+    ) -> tuple[Tensor, list[SequenceLogprobs]]:
+        """A step of decoding sequences as one graph."""
+        assert self.graphs is not None
+        size = self.kv_cache.block_size
+        most = max(span.start for span in decodes) // size + 1
+        inputs = DecodeInputs.empty(len(decodes), most)
+        for column, span in enumerate(decodes):
+            position, blocks = span.start, span.sequence.block_ids
+            inputs.put(
+                column,
+                row=span.sequence.row,
+                position=position,
+                slot=blocks[position // size] * size + position % size,
+                block_ids=blocks[: position // size + 1],
+            )
+        logits, tokens = self.graphs.run(inputs)
+        if len(sampling) < len(decodes):
+            columns = self._to_device([c for c, span in enumerate(decodes) if span.samples])
+            logits, tokens = logits[columns], tokens[columns]
+        if sampling and not all(span.sequence.is_plain for span in sampling):
+            return self._sample(sampling, logits)
+        return tokens, []
+
+    def _set_known_tokens(self, decodes: Sequence[_Span]) -> None:
+        """Puts tokens that were sent, not sampled, where the device looks for them."""
+        known = [span for span in decodes if span.start < len(span.sequence.token_ids)]
+        if known:
+            rows = self._to_device([span.sequence.row for span in known])
+            self.last_tokens[rows] = self._to_device(
+                [span.sequence.token_ids[span.start] for span in known]
+            )
+
+    def _to_device(self, values: Sequence[int]) -> Tensor:
+        return to_device(values, self.device, torch.int64)
 
     def _check(self, step: Step) -> None:
         """InvalidArgument when the step does not fit the sequences."""
@@ -165,6 +330,12 @@ class ModelRunner:
                 raise InvalidArgument(f"new_sequences[{id}]", id, "is known already")
             self._check_new(new)
             fresh[id] = new
+        if len(sequences.keys() - finished | fresh.keys()) > self.kv_cache.num_blocks:
+            raise InvalidArgument(
+                "new_sequences",
+                len(fresh),
+                f"there are more sequences than the {self.kv_cache.num_blocks} blocks of the cache",
+            )
         seen = set()
         for chunk in step.chunks:
             id = chunk.sequence_id
@@ -176,7 +347,7 @@ class ModelRunner:
                 computed = blocks * size
             elif id in sequences and id not in finished:
                 state = sequences[id]
-                num_tokens, computed = len(state.token_ids), state.num_computed
+                num_tokens, computed = state.num_tokens, state.num_computed
                 blocks = len(state.block_ids)
             else:
                 raise InvalidArgument(f"chunks[{id}]", id, "is not known")
@@ -227,11 +398,17 @@ class ModelRunner:
     def _admit(self, step: Step) -> None:
         """Takes over what a step changes."""
         for sequence_id in step.finished:
-            self._sequences.pop(sequence_id, None)
+            if (ended := self._sequences.pop(sequence_id, None)) is not None:
+                self._free_rows.append(ended.row)
         for new in step.new_sequences:
+            if not self._free_rows:
+                self._free_rows.append(self._num_rows)
+                self._num_rows += 1
             self._sequences[new.sequence_id] = _Sequence(
                 new.sequence_id,
-                list(new.token_ids),
+                self._free_rows.pop(),
+                new.token_ids,
+                len(new.token_ids),
                 new.num_prompt_tokens,
                 new.sampling,
                 array("q", new.cached_block_ids),
@@ -271,43 +448,46 @@ class ModelRunner:
         prefill_spans = []
         for span in prefills:
             start, stop, blocks = span.start, span.stop, span.sequence.block_ids
-            used = torch.tensor(blocks[: -(-stop // size)])
+            used = self._to_device(blocks[: -(-stop // size)])
             prefill_spans.append(PrefillSpan(span.at, span.at + stop - start, start, used))
             token_ids.extend(span.sequence.token_ids[start:stop])
             positions.extend(range(start, stop))
             slots.extend(blocks[p // size] * size + p % size for p in range(start, stop))
         for span in decodes:
             position = span.start
-            token_ids.append(span.sequence.token_ids[position])
+            token_ids.append(0)  # on the device it is known
             positions.append(position)
             block = span.sequence.block_ids[position // size]
             slots.append(block * size + position % size)
+        tokens = self._to_device(token_ids)
         decode = None
         if decodes:
+            rows = self._to_device([span.sequence.row for span in decodes])
+            tokens[decodes[0].at :] = self.last_tokens[rows]
             counts = [span.start // size + 1 for span in decodes]
             tables = np.zeros((len(decodes), max(counts)), dtype=np.int64)
             for table, span, count in zip(tables, decodes, counts, strict=True):
                 table[:count] = span.sequence.block_ids[:count]
             decode = DecodeSpan(
                 start=decodes[0].at,
-                block_ids=torch.from_numpy(tables),
-                context_lens=torch.tensor([span.stop for span in decodes]),
+                block_ids=to_device(tables, self.device),
+                context_lens=self._to_device([span.stop for span in decodes]),
                 block_size=size,
             )
         return ForwardBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
+            token_ids=tokens,
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slots),
             prefills=tuple(prefill_spans),
             decode=decode,
             kv_cache=self.kv_cache,
         )
 
     def _sample(
-        self, spans: Sequence[_Span], hidden: Tensor
-    ) -> tuple[list[int], list[SequenceLogprobs]]:
-        """The next token of each span's sequence, and the log-probabilities that are asked for."""
-        logits = self.model.lm_head(hidden[[span.last_row for span in spans]])
+        self, spans: Sequence[_Span], logits: Tensor
+    ) -> tuple[Tensor, list[SequenceLogprobs]]:
+        """The next token of each span's sequence, int64 [num_spans], which are in `last_tokens` then,
+        and the log-probabilities that are asked for. Writes to the logits [num_spans, vocabulary]."""
         asked, counts = [], []
         for row, span in enumerate(spans):
             if (count := span.sequence.sampling.logprobs) is not None:
@@ -315,23 +495,40 @@ class ModelRunner:
                 counts.append(count)
         # The sampler writes to the logits that it is given.
         own = logits[asked] if asked else None
+        rows = self._to_device([span.sequence.row for span in spans])
         tokens = self.sampler(logits, [_draw(span.sequence) for span in spans])
+        self.last_tokens[rows] = tokens
+        adjusted = [row for row, span in enumerate(spans) if span.sequence.adjustment is not None]
+        if own is None and not adjusted:
+            return tokens, []
+        # From here on the device is waited for.
+        known = tokens.tolist()
+        for row in adjusted:
+            spans[row].sequence.adjustment.append(known[row])  # type: ignore[union-attr]
         if own is None:
             return tokens, []
         # There are answers on rank 0 only.
-        answers = self.sampler.logprobs(own, [tokens[row] for row in asked], counts)
+        answers = self.sampler.logprobs(own, [known[row] for row in asked], counts)
         return tokens, [
             SequenceLogprobs(spans[row].sequence.sequence_id, spans[row].stop, (answer,))
             for row, answer in zip(asked, answers, strict=False)
         ]
+
+    @staticmethod
+    def _foretells_prompt(span: _Span) -> bool:
+        """Its hidden states tell of prompt tokens whose probability is asked for."""
+        sequence = span.sequence
+        return (
+            sequence.sampling.prompt_logprobs is not None
+            and span.start + 1 < sequence.num_prompt_tokens
+        )
 
     def _prompt_logprobs(self, spans: Sequence[_Span], hidden: Tensor) -> list[SequenceLogprobs]:
         """Of the prompt tokens that these spans' hidden states foretell, where they are asked for."""
         asked = [
             (span, min(span.stop + 1, span.sequence.num_prompt_tokens))
             for span in spans
-            if span.sequence.sampling.prompt_logprobs is not None
-            and span.start + 1 < span.sequence.num_prompt_tokens
+            if self._foretells_prompt(span)
         ]
         if not asked:
             return []
@@ -361,5 +558,5 @@ class ModelRunner:
 
 
 def _draw(sequence: _Sequence) -> Draw:
-    num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+    num_output = sequence.num_tokens - sequence.num_prompt_tokens
     return Draw(sequence.sampling, num_output, sequence.adjustment)

@@ -99,7 +99,7 @@ def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Te
         case RowParallelBlock():
             _check_features(activation, model.lm_head.weight.shape[1])
             # The tokens are one sequence from position 0 on.
-            ids = torch.arange(activation.shape[0])
+            ids = torch.arange(activation.shape[0], device=activation.device)
             batch = ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids)
             return Partial(module.partial(activation, batch), "sum")
     raise InvalidArgument("module", name, "is no module with one input; name one inside it")

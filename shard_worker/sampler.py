@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shard_worker.adjustments import Adjustment, adjust
+from shard_worker.host import to_device
 from shard_worker.logprobs import Logprobs
 from shard_worker.sampling import Sampling
 from shard_worker.sharding import TensorParallel
@@ -65,8 +66,8 @@ class Sampler:
             sampling, ids.start, ids.stop, token_ids, num_prompt_tokens, self.device
         )
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """float32 [num_rows, vocabulary of this rank], which is written to -> a token id for each row"""
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """float32 [num_rows, vocabulary of this rank], which is written to -> token ids [num_rows]"""
         adjusted = [
             (row, draw.index, draw.adjustment)
             for row, draw in enumerate(draws)
@@ -76,29 +77,25 @@ class Sampler:
             adjust(logits, adjusted)
         random = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
         if not random:
-            return self._greedy(logits)
+            return self.greedy(logits)
         if len(random) == len(draws):
             return self._random(logits, draws)
         greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
-        tokens = [0] * len(draws)
-        for rows, sampled in (
-            (greedy, self._greedy(logits[greedy])),
-            (random, self._random(logits[random], [draws[row] for row in random])),
-        ):
-            for row, token in zip(rows, sampled, strict=True):
-                tokens[row] = token
+        tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+        tokens[greedy] = self.greedy(logits[greedy])
+        tokens[random] = self._random(logits[random], [draws[row] for row in random])
         return tokens
 
-    def _greedy(self, logits: Tensor) -> list[int]:
-        """The likeliest token of each row; of equal ones the lowest id."""
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The likeliest token of each row; of equal ones the lowest id: int64 [num_rows]"""
         values, indices = logits.max(dim=-1)
         # Token ids are exact in float32 up to 2**24.
         pairs = torch.stack((values, (indices + self.vocabulary.start).float()), dim=-1)
         ranks = self.vocabulary.gather(pairs, (2,) * self.tp.size)  # [num_rows, 2 · size]
         best = ranks[:, 0::2].argmax(dim=-1, keepdim=True)
-        return [int(token) for token in ranks[:, 1::2].gather(1, best).squeeze(1).tolist()]
+        return ranks[:, 1::2].gather(1, best).squeeze(1).long()
 
-    def _random(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    def _random(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """A token of each row by its temperature, top-k, top-p and min-p. Writes to the logits."""
         gather = self.vocabulary.gather
         # Where float16 overflowed there are infinities; their differences would be NaN.
@@ -106,20 +103,24 @@ class Sampler:
         largest = gather(logits.amax(-1, keepdim=True)).amax(-1, keepdim=True)
         # In float64 hardly a token is unlikely enough to be denormal, of which exp is many times slower.
         mass = logits.double().sub_(largest)
-        mass.mul_(mass.new_tensor([[1 / draw.sampling.temperature] for draw in draws])).exp_()
+        mass.mul_(_column([1 / draw.sampling.temperature for draw in draws], mass)).exp_()
         least = self.truncation(logits, mass, largest, [draw.sampling for draw in draws])
         if least is not None:
             mass.masked_fill_(logits < least, 0)
         cumulative = mass.cumsum_(-1)
         bounds = gather(cumulative[:, -1:]).cumsum(-1)  # [num_rows, size]
-        target = bounds.new_tensor([[_uniform(draw)] for draw in draws]) * bounds[:, -1:]
+        target = _column([_uniform(draw) for draw in draws], bounds) * bounds[:, -1:]
         owner = _invert(bounds, target)
         before = bounds.gather(1, (owner - 1).clamp_(min=0)).mul_(owner > 0)
         token = self.vocabulary.start + _invert(cumulative, target - before)
         # A rank that does not own a row has searched in vain.
         token.masked_fill_(owner != self.tp.rank, -1)
-        tokens: list[int] = gather(token).amax(-1).tolist()
-        return tokens
+        return gather(token).amax(-1)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[num_rows, 1], of the type and on the device of `like`"""
+    return to_device(values, like.device, like.dtype).unsqueeze(1)
 
 
 def _uniform(draw: Draw) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shard_worker.floats import from_ordered, to_ordered
+from shard_worker.host import to_device
 from shard_worker.sampling import Sampling
 from shard_worker.vocabulary import Vocabulary
 
@@ -56,12 +57,10 @@ class Truncation:
 
     def _top(self, logits: Tensor, mass: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         """The least logit in the top-k and, of what that leaves, in the top-p; of rows with either"""
-        top_k = torch.tensor(
-            [[s.top_k if s.top_k < self.vocabulary.size else 0] for s in samplings],
-            device=logits.device,
-        )
+        limits = [s.top_k if s.top_k < self.vocabulary.size else 0 for s in samplings]
+        top_k = to_device(limits, logits.device).unsqueeze(1)
         nucleus = [row for row, s in enumerate(samplings) if s.top_p < 1]
-        count = max(int(top_k.max()), _CANDIDATES if nucleus else 0)
+        count = max(max(limits), _CANDIDATES if nucleus else 0)
         values, masses, unseen = self._candidates(logits, mass, count)
         kth = values.gather(1, (top_k - 1).clamp_(min=0))
         limited = top_k > 0
@@ -71,9 +70,9 @@ class Truncation:
         # Probabilities count among what top-k has left.
         total = mass.sum(-1, keepdim=True)
         for row in nucleus:
-            if limited[row]:
+            if limits[row]:
                 total[row] = mass[row] @ (logits[row] >= least[row]).double()
-        top_p = mass.new_tensor([[s.top_p] for s in samplings])
+        top_p = to_device([s.top_p for s in samplings], mass.device, mass.dtype).unsqueeze(1)
         wanted = top_p * self.vocabulary.gather(total).cumsum(-1)[:, -1:]
         # The token that crosses top_p is the last one kept.
         within = masses.mul_(values >= least).cumsum_(-1)
@@ -140,10 +139,10 @@ class Truncation:
 def _min_p(largest: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """The least logit of a token with p >= min_p · p_max: float32 [num_rows, 1]"""
     wide = largest.double()
-    ratio = wide.new_tensor([[s.min_p] for s in samplings])
-    temperature = wide.new_tensor([[s.temperature] for s in samplings])
+    settings = to_device([(s.min_p, s.temperature) for s in samplings], wide.device, wide.dtype)
+    ratio, temperature = settings.split(1, dim=1)
     # p is proportional to exp(logit / temperature).
-    exact = wide + temperature * ratio.log_()
+    exact = wide + temperature * ratio.log()
     # Rounded up, so that no float32 comes between.
     bound = exact.float()
     higher = torch.nextafter(bound, torch.full_like(bound, float("inf")))

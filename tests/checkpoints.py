@@ -119,8 +119,8 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
     """What transformers generates, greedily and without stopping."""
     with torch.inference_mode():
         output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,

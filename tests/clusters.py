@@ -76,13 +76,23 @@ def start(name: str, module: str, *arguments: str) -> Service:
 
 @dataclass
 class WorkerPool:
-    """Workers that are started when they are first needed."""
+    """Workers that are started when they are first needed.
+
+    `devices` are theirs by turns; `arguments` are further flags of each.
+    """
 
     services: list[Service] = field(default_factory=list)
+    devices: Sequence[str] = ("cpu",)
+    arguments: Sequence[str] = ()
 
     def addresses(self, count: int) -> list[str]:
         new = [
-            start(f"worker{rank}", "shard_worker", "--port", "0")
+            start(
+                f"worker{rank}",
+                "shard_worker",
+                *("--port", "0", "--device", self.devices[rank % len(self.devices)]),
+                *self.arguments,
+            )
             for rank in range(len(self.services), count)
         ]
         self.services += new

@@ -31,14 +31,14 @@ class SingleCommunicator(Communicator):
     def all_reduce(self, x: Tensor) -> Tensor:
         """In place, and the sum over one rank is x: returned untouched."""
         self._check_alive("all_reduce")
-        check_all_reduce(x)
+        check_all_reduce(x, x.device.type)
         return x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Returns x itself, not a copy (made contiguous if it was not): writing to the result
         writes to x."""
         self._check_alive("all_gather")
-        check_all_gather(x, sizes, self.rank, self.size)
+        check_all_gather(x, sizes, self.rank, self.size, x.device.type)
         return x.contiguous()
 
     def barrier(self, timeout_s: float) -> None:

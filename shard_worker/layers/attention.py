@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import LayerCache
 
@@ -36,13 +38,15 @@ class Attention:
             return self._attend(q, k, v, 0).flatten(1)
         cache = batch.kv_cache.layers[self.layer]
         cache.write(batch.slot_mapping, k, v)
-        out = torch.empty_like(q)
+        if not batch.prefills:
+            return self._decode(q, cache, batch).flatten(1)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for span in batch.prefills:
-            keys, values = cache.read(span.block_ids)
             tokens = slice(span.start, span.stop)
-            out[tokens] = self._attend(
-                q[tokens], keys[: span.context_len], values[: span.context_len], span.num_computed
-            )
+            keys, values = k[tokens], v[tokens]
+            if span.num_computed:
+                keys, values = (x[: span.context_len] for x in cache.read(span.block_ids))
+            out[tokens] = self._attend(q[tokens], keys, values, span.num_computed)
         if batch.decode is not None:
             out[batch.decode.start :] = self._decode(q[batch.decode.start :], cache, batch)
         return out.flatten(1)
@@ -51,8 +55,11 @@ class Attention:
         """One sequence: q [n, q_heads, d] at positions from `num_computed` on, k and v from 0 on.
         -> [n, q_heads, d]"""
         n, context_len = q.shape[0], k.shape[0]
-        mask = None
-        if self.window is not None or num_computed:
+        mask: Tensor | None = None
+        if q.is_cuda and q.dtype != torch.float32 and self.window is None and num_computed:
+            # A mask that says how it is made: the fast kernels take no other.
+            mask = causal_lower_right(n, context_len)
+        elif self.window is not None or num_computed:
             positions = torch.arange(num_computed, num_computed + n, device=q.device).unsqueeze(1)
             keys = torch.arange(context_len, device=q.device)
             mask = keys <= positions
@@ -77,6 +84,16 @@ class Attention:
         """
         span = batch.decode
         assert span is not None
+        if q.is_cuda:
+            return kernels.attention.decode_attention(
+                q,
+                cache.keys,
+                cache.values,
+                span.block_ids,
+                span.context_lens,
+                scale=self.scale,
+                window=self.window,
+            )
         mask = batch.derive(("decode mask", self.window), lambda: span.mask(self.window, q.dtype))
         num_sequences = q.shape[0]
         keys, values = cache.read(span.block_ids.flatten())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.sharding import ShardTensors
 
@@ -36,6 +37,8 @@ class Weight:
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         assert self._plain is not None
+        if x.is_cuda and x.shape[0] == 1:
+            return kernels.gemv.gemv(self._plain, x, bias)
         return F.linear(x, self._plain, bias)
 
 

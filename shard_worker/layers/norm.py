@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from shard_worker import kernels
 from shard_worker.sharding import ShardTensors
 
 
@@ -15,7 +16,15 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., features] -> [..., features]"""
+        if x.is_cuda:
+            return kernels.norm.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x, IN PLACE -> the sum, normalised: [num_tokens, features]"""
+        if x.is_cuda:
+            return kernels.norm.add_rms_norm(x, residual, self.weight, self.eps)
+        return self(residual.add_(x))
 
 
 class LayerNorm:
@@ -29,3 +38,7 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., features] -> [..., features]"""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x, IN PLACE -> the sum, normalised: [num_tokens, features]"""
+        return self(residual.add_(x))

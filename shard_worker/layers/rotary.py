@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import InvalidArgument
+from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
 
 
@@ -72,7 +73,12 @@ class RotaryEmbedding:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """[num_tokens, heads, head_dim] -> the same, each head's pairs (i, i + head_dim / 2) rotated"""
+    """[num_tokens, heads, head_dim] -> the same, each head's pairs (i, i + head_dim / 2) rotated
+
+    On a GPU in place.
+    """
     cos, signed_sin = rotation
+    if x.is_cuda:
+        return kernels.rotary.rotate_(x, cos, signed_sin)
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from shard_worker.forward_batch import ForwardBatch
+from shard_worker.layers.activation import silu_mul
 from shard_worker.layers.attention import Attention
 from shard_worker.layers.embedding import VocabParallelEmbedding, VocabParallelLMHead
 from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear
@@ -60,12 +60,11 @@ class LlamaMLP(RowParallelBlock):
 
     def partial(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden] -> this rank's neurons' term of [num_tokens, hidden]"""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj.partial(F.silu(gate).mul_(up))
+        return self.down_proj.partial(silu_mul(self.gate_up_proj(x)))
 
 
 class LlamaLayer:
-    """Attention, then MLP, each normalised before and added to the residual stream after."""
+    """Attention, then MLP, each on the normalised residual stream, to which its output is added."""
 
     attention_type: type[LlamaAttention] = LlamaAttention
 
@@ -85,10 +84,13 @@ class LlamaLayer:
         self.post_attention_layernorm = RMSNorm(tensors, f"{prefix}.post_attention_layernorm", eps)
         self.mlp = LlamaMLP(tensors, f"{prefix}.mlp")
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """[num_tokens, hidden] -> [num_tokens, hidden]"""
-        x = x + self.self_attn(self.input_layernorm(x), batch)
-        return x + self.mlp(self.post_attention_layernorm(x), batch)
+    def __call__(
+        self, x: Tensor, residual: Tensor, next_norm: RMSNorm, batch: ForwardBatch
+    ) -> Tensor:
+        """The stream normalised for this layer -> the same for the next; the stream IN PLACE
+        (all [num_tokens, hidden])"""
+        x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
+        return next_norm.add(self.mlp(x, batch), residual)
 
 
 class LlamaModel:
@@ -124,10 +126,12 @@ class LlamaModel:
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """-> [num_tokens, hidden]"""
-        x = self.embed_tokens(batch.token_ids)
-        for layer in self.layers:
-            x = layer(x, batch)
-        return self.norm(x)
+        residual = self.embed_tokens(batch.token_ids)
+        norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        x = norms[0](residual)
+        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
+            x = layer(x, residual, next_norm, batch)
+        return x
 
 
 class Llama:

@@ -143,7 +143,7 @@ def run_rank(folder: Path, size: int, rank: int, communicator_id: bytes) -> list
     runner = ModelRunner(model, sampler, cache, spec.vocab_size)
     seen = []
     for step in steps(spec.vocab_size):
-        result = runner.execute(step)
+        result = runner.launch(step).result()
         tokens = dict(zip(result.sequence_ids, result.token_ids, strict=True))
         seen.append(Seen(model.hidden.numpy(), sampler.logits.numpy(), tokens))
     comm.close()

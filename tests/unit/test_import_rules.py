@@ -192,6 +192,8 @@ def test_what_lies_within_the_edges_loads_without_grpc_and_protobuf(package: str
         module
         for module in modules(package)
         if module.rpartition(".")[2] not in {*EDGES[package], "__main__"}
+        # Kernels need Triton, which not every build of torch brings.
+        and not module.startswith("shard_worker.kernels.")
     ]
     assert len(within) > 10
     found = loaded(*within)

@@ -82,7 +82,7 @@ class ToyModel:
 class RecordingSampler(Sampler):
     """Keeps this rank's logits, before anything changes them."""
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         self.seen = logits.clone()
         return super().__call__(logits, draws)
 
@@ -137,7 +137,7 @@ class Worker:
             self.next_block += missing
             self.blocks[id] += fresh
             chunks.append(Chunk(id, num_tokens, fresh))
-        result: StepResult = self.runner.execute(Step(self.step_id, finished, new, chunks))
+        result: StepResult = self.runner.launch(Step(self.step_id, finished, new, chunks)).result()
         for id, token in zip(result.sequence_ids, result.token_ids, strict=True):
             self.tokens.setdefault(id, []).append(token)
         for entry in result.logprobs:
@@ -316,11 +316,11 @@ def test_chunks_are_checked_from_the_cached_tokens_on() -> None:
     runner = alone().runner
     cached = new(1, prompt(8), cached_block_ids=[3])
     with pytest.raises(InvalidArgument, match="4 tokens are left to compute"):
-        runner.execute(Step(1, (), [cached], [Chunk(1, 5, [4])]))
+        runner.launch(Step(1, (), [cached], [Chunk(1, 5, [4])]))
     with pytest.raises(InvalidArgument, match="8 tokens need more blocks"):
-        runner.execute(Step(1, (), [cached], [Chunk(1, 4, [])]))
+        runner.launch(Step(1, (), [cached], [Chunk(1, 4, [])]))
     # Refused steps have left nothing behind.
-    result = runner.execute(Step(1, (), [cached], [Chunk(1, 4, [4])]))
+    result = runner.launch(Step(1, (), [cached], [Chunk(1, 4, [4])])).result()
     assert result.sequence_ids == [1]
 
 
@@ -354,7 +354,7 @@ def test_a_step_that_does_not_fit_changes_nothing(
     worker = alone()
     worker.step({1: 5}, [new(1, prompt(5))])
     with pytest.raises(InvalidArgument) as caught:
-        worker.runner.execute(Step(2, (), news, chunks))
+        worker.runner.launch(Step(2, (), news, chunks))
     assert caught.value.metadata["field"] == field
     worker.step({1: 1})
     assert worker.tokens[1] == alone().generate(new(1, prompt(5)), 2)
@@ -512,7 +512,7 @@ def test_sampling_that_nobody_resolved_is_refused() -> None:
     message = _pb.NewSequence(sequence_id=1, token_ids=[1], num_prompt_tokens=1)
     step = convert.step(_pb.ExecuteStepsRequest(step_id=1, new_sequences=[message]))
     with pytest.raises(InvalidArgument, match=r"sampling\.top_p = 0"):
-        alone().runner.execute(step)
+        alone().runner.launch(step)
 
 
 def test_logprobs_arrive_as_they_were() -> None:

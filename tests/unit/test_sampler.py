@@ -66,7 +66,7 @@ def sample(logits: Tensor, rows: Sequence[Row], sizes: Sequence[int] = ()) -> li
         start = sum(sizes[: tp.rank])
         sampler = Sampler(tp, sizes, start)
         piece = logits[:, start : start + sizes[tp.rank]].clone()
-        return sampler(piece, [row.draw(sampler) for row in rows])
+        return sampler(piece, [row.draw(sampler) for row in rows]).tolist()
 
     first, *others = run_ranks(len(sizes), one)
     assert all(tokens == first for tokens in others), "the ranks disagree"
@@ -492,7 +492,7 @@ def test_counting_token_by_token_is_counting_at_once(
             grown.append(token)
         anew = sampler.adjustment(settings, prompt + output, len(prompt))
         first, second = (
-            sampler(piece.clone(), [Draw(settings, len(output), adjustment)])
+            sampler(piece.clone(), [Draw(settings, len(output), adjustment)]).tolist()
             for adjustment in (grown, anew)
         )
         return first, second

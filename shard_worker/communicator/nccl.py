@@ -1,0 +1,214 @@
+"""Collectives between GPU ranks, by NCCL through CuPy: on torch's tensors, in torch's current stream.
+
+A collective here is queued on the device and returns at once, like any other operation of torch; it is
+captured when torch captures a CUDA graph. What waits is the reading of a result, so that is where a
+peer that never comes is noticed, and `abort` is what ends that wait.
+
+NCCL's own initialisation waits for its peers without a deadline. The ranks therefore meet over Gloo
+first, which has one, and enter NCCL's together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+# Before CuPy, so that one libnccl is loaded: the one that torch brings.
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from . import (
+    Communicator,
+    CommunicatorAborted,
+    CommunicatorError,
+    CommunicatorTimeout,
+    check_all_gather,
+    check_all_reduce,
+    check_membership,
+)
+from .gloo import GlooCommunicator
+
+__all__ = ["NcclCommunicator"]
+
+_ID_BYTES = 128
+_WATCH_INTERVAL_S = 0.1
+
+
+def _nccl() -> Any:
+    """CuPy's NCCL bindings; CommunicatorError that says which package is missing."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        cuda = torch.version.cuda or "?"
+        extra = "cuda12" if cuda.startswith("12") else "cuda13"
+        raise CommunicatorError(
+            f"nccl: CuPy can't be imported ({error}); torch is built for CUDA {cuda}: "
+            f"pip install 'colrow[{extra}]'"
+        ) from error
+    if not getattr(nccl, "available", True):
+        raise CommunicatorError("nccl: this CuPy was built without NCCL")
+    return nccl
+
+
+class NcclCommunicator(Communicator):
+    """Ranks on NVIDIA GPUs, one GPU each, on one host or several."""
+
+    transport = "nccl"
+
+    def __init__(self, control: GlooCommunicator, comm: Any, device: torch.device) -> None:
+        """For `join`, which connects both."""
+        super().__init__(control.rank, control.size, control.op_timeout_s)
+        self.device = device
+        self._nccl = _nccl()
+        self._types = {
+            torch.float32: self._nccl.NCCL_FLOAT32,
+            torch.float16: self._nccl.NCCL_FLOAT16,
+            torch.bfloat16: self._nccl.NCCL_BFLOAT16,
+        }
+        self._control = control
+        self._comm = comm
+        self._lifecycle = threading.Lock()  # abort (any thread) against close
+        self._failure: CommunicatorError | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
+
+    @staticmethod
+    def create_id(host: str) -> tuple[bytes, TCPStore]:
+        """The communicator id for all ranks, made by rank 0, and the store to pass to its `join`."""
+        address, store = GlooCommunicator.create_store(host)
+        return bytes(_nccl().get_unique_id()) + address, store
+
+    @classmethod
+    def join(
+        cls,
+        communicator_id: bytes,
+        rank: int,
+        size: int,
+        *,
+        device: torch.device,
+        timeout_s: float,
+        interface_host: str,
+        store: TCPStore | None = None,
+        abandoned: threading.Event | None = None,
+    ) -> Self:
+        """Meet the other ranks and connect to them; blocks until all `size` of them have.
+
+        communicator_id: from rank 0's `create_id`. store: its other result, on rank 0 only.
+        interface_host, abandoned: as for `GlooCommunicator.join`. timeout_s: deadline of all of it.
+
+        Raises as `GlooCommunicator.join` does; CommunicatorError with NCCL's words where it fails.
+        """
+        check_membership(rank, size)
+        nccl = _nccl()
+        unique_id, address = communicator_id[:_ID_BYTES], communicator_id[_ID_BYTES:]
+        deadline = time.monotonic() + timeout_s
+        control = GlooCommunicator.join(
+            address,
+            rank,
+            size,
+            timeout_s=timeout_s,
+            interface_host=interface_host,
+            store=store,
+            abandoned=abandoned,
+        )
+        made: list[Any] = []
+        errors: list[Exception] = []
+
+        def connect() -> None:
+            try:
+                with torch.cuda.device(device):
+                    made.append(nccl.NcclCommunicator(size, unique_id, rank))
+            except Exception as error:
+                errors.append(error)
+
+        # Can't be stopped; if a rank dies within it, this thread is left behind.
+        thread = threading.Thread(target=connect, name="nccl-join", daemon=True)
+        thread.start()
+        thread.join(max(deadline - time.monotonic(), 0.0))
+        if not made:
+            control.close()
+            if errors:
+                raise CommunicatorError(f"join: NCCL on rank {rank}: {errors[0]}") from errors[0]
+            others = [peer for peer in range(size) if peer != rank]
+            raise CommunicatorTimeout("join", others, timeout_s, "within NCCL's initialisation")
+        return cls(control, made[0], device)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """IN PLACE, queued; see `Communicator.all_reduce`. NCCL decides the order of the sum, which is
+        the same on all ranks."""
+        check_all_reduce(x, "cuda")
+        comm = self._alive("all_reduce")
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        kind, add = self._types[x.dtype], self._nccl.NCCL_SUM
+        comm.allReduce(x.data_ptr(), x.data_ptr(), x.numel(), kind, add, stream)
+        return x
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """NOT in place, queued; see `Communicator.all_gather`. NCCL gathers equal pieces: smaller ones
+        travel padded."""
+        check_all_gather(x, sizes, self.rank, self.size, "cuda")
+        comm = self._alive("all_gather")
+        width = max(sizes)
+        if x.shape[-1] < width:
+            x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+        x = x.contiguous()
+        whole = x.new_empty((self.size, *x.shape))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        comm.allGather(x.data_ptr(), whole.data_ptr(), x.nbytes, self._nccl.NCCL_UINT8, stream)
+        return torch.cat([part[..., :size] for part, size in zip(whole, sizes, strict=True)], -1)
+
+    def barrier(self, timeout_s: float) -> None:
+        """Of the processes, not of their devices; see `Communicator.barrier`."""
+        self._alive("barrier")
+        self._control.barrier(timeout_s)
+
+    def abort(self) -> None:
+        """Ends NCCL's kernels, also those that wait for a peer; see `Communicator.abort`."""
+        self._fail(CommunicatorAborted("the group was aborted"))
+
+    def close(self) -> None:
+        """Frees NCCL's buffers; see `Communicator.close`."""
+        self._closed.set()
+        with self._lifecycle:
+            comm, self._comm = self._comm, None
+        if comm is not None:
+            if self._failure is None:
+                torch.cuda.synchronize(self.device)
+            comm.destroy()
+        self._control.close()
+
+    def _alive(self, op: str) -> Any:
+        if self._failure is not None:
+            raise type(self._failure)(f"{op}: {self._failure}")
+        if self._comm is None:
+            raise CommunicatorError(f"{op}: the communicator is closed")
+        return self._comm
+
+    def _fail(self, error: CommunicatorError) -> None:
+        with self._lifecycle:
+            if self._failure is not None or self._comm is None:
+                return
+            self._failure = error
+            comm, self._comm = self._comm, None
+        self._control.abort()
+        with torch.cuda.device(self.device), contextlib.suppress(self._nccl.NcclError):
+            comm.abort()
+
+    def _watch(self) -> None:
+        """A link or a peer that fails shows as an asynchronous error, and only when asked for."""
+        while not self._closed.wait(_WATCH_INTERVAL_S):
+            with self._lifecycle:
+                comm = self._comm
+                if comm is None:
+                    return
+                try:
+                    comm.check_async_error()
+                    continue
+                except self._nccl.NcclError as error:
+                    failure = CommunicatorError(f"NCCL failed: {error}")
+            self._fail(failure)
+            return
