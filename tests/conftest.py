@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from client.demo_model import DEMO_MODEL_NAME, convert_demo_model
 from tests.clusters import WorkerPool
+
+# How long an example takes says more of the machine than of the code; pytest-timeout bounds the whole.
+settings.register_profile("colrow", deadline=None)
+settings.load_profile("colrow")
 
 # A shell starts its background jobs with SIGINT ignored, and that is inherited. Tests send it to the
 # processes that they start, which get the default again from a parent that has a handler.
