@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,8 +50,27 @@ class DecodeSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedSpan:
+    """All of a batch, as a GPU finds it in its memory: chunks of any length, decoding ones too.
+
+    A tile is up to `TILE` tokens of one chunk.
+    """
+
+    TILE: ClassVar[int] = 16
+
+    tiles: (
+        Tensor  # int32 [2, num_tiles]: the sequence, or -1; the chunk's token that it begins with
+    )
+    sequences: (
+        Tensor  # int32 [>= 3, num_sequences]: the batch's row of the chunk's first token; how many
+    )
+    # tokens it has; how many the context has then
+    block_ids: Tensor  # int32 [num_sequences, most blocks]
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Prefill chunks first, then the decoding sequences.
+    """Prefill chunks first, then the decoding sequences; or `packed`, which is all of it.
 
     Without a `kv_cache` the tokens are one sequence that attends to itself: how a module is looked at
     alone.
@@ -62,6 +81,7 @@ class ForwardBatch:
     slot_mapping: Tensor  # int64 [num_tokens]
     prefills: tuple[PrefillSpan, ...] = ()
     decode: DecodeSpan | None = None
+    packed: PackedSpan | None = None
     kv_cache: KvCache | None = None
     _derived: dict[Hashable, object] = field(default_factory=dict)
 

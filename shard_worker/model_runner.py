@@ -16,7 +16,6 @@ from torch import Tensor
 
 from colrow.errors import InvalidArgument
 from shard_worker.adjustments import Adjustment
-from shard_worker.decode_graphs import DecodeGraphs, DecodeInputs
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
 from shard_worker.host import to_device
 from shard_worker.kv_cache import KvCache
@@ -24,6 +23,7 @@ from shard_worker.logprobs import TokenLogprobs
 from shard_worker.models import Model
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
+from shard_worker.step_graphs import GraphChunk, StepGraphs
 
 # Of a prompt's logits, so that a long one takes no more memory than this: at 128k token ids, 64 MiB.
 _LOGPROB_ROWS = 128
@@ -190,6 +190,11 @@ class _Span:
     at: int
 
     @property
+    def is_decode(self) -> bool:
+        """One token, which the device has."""
+        return self.stop == self.start + 1 and self.start > 0
+
+    @property
     def samples(self) -> bool:
         return self.stop == self.sequence.num_tokens
 
@@ -202,8 +207,8 @@ class ModelRunner:
     """Executes steps on one shard; every rank runs the same steps and keeps the same sequences.
 
     `last_tokens` has the newest token of each sequence, in the sequence's row; the last row is nobody's.
-    `graphs` run steps that only decode; without them, and for other steps, operations are launched one
-    by one.
+    `graphs` run the steps that they fit; for others, and without them, operations are launched one by
+    one.
     """
 
     def __init__(
@@ -224,14 +229,10 @@ class ModelRunner:
         self.device = device
         # A sequence that runs has a block of its own, so there are never more of them.
         self.last_tokens = torch.zeros(kv_cache.num_blocks + 1, dtype=torch.int64, device=device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if max_blocks is not None:
-            self.graphs = DecodeGraphs(
-                lambda batch: model.lm_head(model(batch)),
-                sampler.greedy,
-                kv_cache,
-                self.last_tokens,
-                max_blocks=max_blocks,
+            self.graphs = StepGraphs(
+                model, sampler, kv_cache, self.last_tokens, max_blocks=max_blocks
             )
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows: list[int] = []
@@ -249,8 +250,8 @@ class ModelRunner:
         if not spans:
             return Launched(step, watch, (), self.last_tokens[:0], ())
         self._set_known_tokens(decodes)
-        if not prefills and self._fit_a_graph(decodes):
-            tokens, logprobs = self._replay(sampling, decodes)
+        if (replayed := self._replay(spans, sampling)) is not None:
+            tokens, logprobs = replayed
         else:
             batch = self._batch(prefills, decodes)
             last_rows = self._to_device([span.last_row for span in sampling])
@@ -274,35 +275,29 @@ class ModelRunner:
         self.kv_cache = replace(self.kv_cache, layers=())
         self._sequences.clear()
 
-    def _fit_a_graph(self, decodes: Sequence[_Span]) -> bool:
-        # A step's prompt log-probabilities need the hidden states, which a graph does not give.
-        return (
-            self.graphs is not None
-            and len(decodes) <= self.graphs.max_sequences
-            and not any(self._foretells_prompt(span) for span in decodes)
-        )
-
     def _replay(
-        self, sampling: Sequence[_Span], decodes: Sequence[_Span]
-    ) -> tuple[Tensor, list[SequenceLogprobs]]:
-        """A step of decoding sequences as one graph."""
-        assert self.graphs is not None
-        size = self.kv_cache.block_size
-        most = max(span.start for span in decodes) // size + 1
-        inputs = DecodeInputs.empty(len(decodes), most)
-        for column, span in enumerate(decodes):
-            position, blocks = span.start, span.sequence.block_ids
-            inputs.put(
-                column,
-                row=span.sequence.row,
-                position=position,
-                slot=blocks[position // size] * size + position % size,
-                block_ids=blocks[: position // size + 1],
+        self, spans: Sequence[_Span], sampling: Sequence[_Span]
+    ) -> tuple[Tensor, list[SequenceLogprobs]] | None:
+        """The step as one graph, if there is one for it."""
+        # A prompt's log-probabilities need its hidden states, which a graph does not give.
+        if self.graphs is None or any(self._foretells_prompt(span) for span in spans):
+            return None
+        chunks = [
+            GraphChunk(
+                span.sequence.row,
+                span.start,
+                span.stop,
+                None if span.is_decode else span.sequence.token_ids,
+                span.sequence.block_ids,
             )
-        logits, tokens = self.graphs.run(inputs)
-        if len(sampling) < len(decodes):
-            columns = self._to_device([c for c, span in enumerate(decodes) if span.samples])
-            logits, tokens = logits[columns], tokens[columns]
+            for span in spans
+        ]
+        if not self.graphs.fit(chunks):
+            return None
+        logits, tokens = self.graphs.run(chunks)
+        if len(sampling) < len(spans):
+            rows = self._to_device([row for row, span in enumerate(spans) if span.samples])
+            logits, tokens = logits[rows], tokens[rows]
         if sampling and not all(span.sequence.is_plain for span in sampling):
             return self._sample(sampling, logits)
         return tokens, []

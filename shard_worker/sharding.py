@@ -53,6 +53,28 @@ class TensorParallel:
         """Copies of all counters, in the order in which they came up; from any thread."""
         return [replace(stats) for stats in list(self._stats.values())]
 
+    def take_back(self, earlier: Iterable[OpStats]) -> list[OpStats]:
+        """Sets the counters back to what `all_stats` said earlier, and gives what came since.
+
+        What is captured in a CUDA graph is counted then, and happens when it is replayed (`count`).
+        """
+        before = {(stats.module, stats.operation): stats for stats in earlier}
+        since = []
+        for key, stats in self._stats.items():
+            old = before.get(key, OpStats(*key))
+            calls, payload_bytes = stats.calls - old.calls, stats.payload_bytes - old.payload_bytes
+            if calls:
+                since.append(OpStats(*key, calls, payload_bytes))
+            stats.calls, stats.payload_bytes = old.calls, old.payload_bytes
+        return since
+
+    def count(self, happened: Iterable[OpStats]) -> None:
+        """Adds to the counters."""
+        for more in happened:
+            stats = self.stats(more.module, more.operation)
+            stats.calls += more.calls
+            stats.payload_bytes += more.payload_bytes
+
     def renew(self, comm: Communicator) -> None:
         """A new epoch: its communicator, and counters that start again."""
         self.comm = comm

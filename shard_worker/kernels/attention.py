@@ -1,4 +1,4 @@
-"""Decode attention over the paged KV cache, and writing to it.
+"""Attention over the paged KV cache, and writing to it.
 
 Flash-decoding (Dao et al., 2023): a sequence's context is divided over several programs, which then are
 merged. How much of it each takes is worked out from the context length on the device, so that one CUDA
@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from shard_worker.forward_batch import PackedSpan
 
 _TARGET_PROGRAMS = 528  # four for each of the 132 multiprocessors of a large GPU
 _MAX_SPLITS = 64
@@ -174,4 +176,99 @@ def decode_attention(
         _merge[(num_sequences, num_heads)](
             partial, norms, out, out.stride(0), num_heads, head_dim, dim, splits, num_warps=2
         )
+    return out
+
+
+@triton.jit
+def _packed(
+    q_ptr, keys_ptr, values_ptr, tables_ptr, tiles_ptr, sequences_ptr, out_ptr,
+    scale, window, num_tiles, num_sequences,
+    q_row_stride, out_row_stride, table_row_stride, table_column_stride,
+    num_kv_heads, head_dim,
+    block_size: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(tiles_ptr + tile)
+    if sequence >= 0:
+        first = tl.load(tiles_ptr + num_tiles + tile)
+        first_row = tl.load(sequences_ptr + sequence)
+        count = tl.load(sequences_ptr + num_sequences + sequence)
+        length = tl.load(sequences_ptr + 2 * num_sequences + sequence)
+        computed = length - count
+
+        # The query heads of the group stand beside each other: a key is read once for all of them.
+        rows = tl.arange(0, ROWS)
+        dims = tl.arange(0, DIM)
+        tokens = first + rows // GROUP
+        heads = kv_head * GROUP + rows % GROUP
+        q_inside = (rows < TILE * GROUP) & (tokens < count)
+        inside = q_inside[:, None] & (dims[None, :] < head_dim)
+        row = (first_row + tokens).to(tl.int64)[:, None]
+        within = heads[:, None] * head_dim + dims[None, :]
+        q = tl.load(q_ptr + row * q_row_stride + within, mask=inside, other=0.0)
+        positions = computed + tokens
+
+        best = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DIM), tl.float32)
+        stop = tl.minimum(computed + first + TILE, length)
+        table = tables_ptr + sequence.to(tl.int64) * table_row_stride
+        for begin in range(tl.maximum(computed + first + 1 - window, 0), stop, TOKENS):
+            keys = begin + tl.arange(0, TOKENS)
+            valid = keys < stop
+            block = tl.load(table + (keys // block_size) * table_column_stride, mask=valid, other=0)
+            slot = block.to(tl.int64) * block_size + keys % block_size
+            kv = (slot * num_kv_heads + kv_head)[:, None] * head_dim + dims[None, :]
+            kv_inside = valid[:, None] & (dims[None, :] < head_dim)
+            k = tl.load(keys_ptr + kv, mask=kv_inside, other=0.0)
+            v = tl.load(values_ptr + kv, mask=kv_inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            seen = (keys[None, :] <= positions[:, None]) & (
+                keys[None, :] > positions[:, None] - window
+            )
+            scores = tl.where(seen & valid[None, :], scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            # A row that has seen no key yet.
+            known = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp(scores - known[:, None])
+            shrink = tl.exp(best - known)
+            total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            best = higher
+        out = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out_ptr + row * out_row_stride + within, out, mask=inside)
+
+
+def packed_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    packed: PackedSpan,
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Chunks of any length, causal: q [num_tokens, q_heads, head_dim] -> the same shape
+
+    keys, values: [num_blocks, block_size, kv_heads, head_dim], the chunks' own among them. What is in no
+    tile is undefined.
+    """
+    _, num_heads, head_dim = q.shape
+    _, block_size, num_kv_heads, _ = keys.shape
+    group = num_heads // num_kv_heads
+    rows = max(triton.next_power_of_2(group * packed.TILE), 16)
+    num_tiles, num_sequences = packed.tiles.shape[1], packed.sequences.shape[1]
+    tables = packed.block_ids
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _packed[(num_tiles, num_kv_heads)](
+        q, keys, values, tables, packed.tiles, packed.sequences, out,
+        scale, window or _NO_WINDOW, num_tiles, num_sequences,
+        q.stride(0), out.stride(0), tables.stride(0), tables.stride(1),
+        num_kv_heads, head_dim,
+        block_size, group, packed.TILE, rows, max(triton.next_power_of_2(head_dim), 16),
+        64 if q.element_size() < 4 else 32, "ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4 if rows <= 64 else 8, num_stages=2,
+    )  # fmt: skip
     return out

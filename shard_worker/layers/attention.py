@@ -38,6 +38,10 @@ class Attention:
             return self._attend(q, k, v, 0).flatten(1)
         cache = batch.kv_cache.layers[self.layer]
         cache.write(batch.slot_mapping, k, v)
+        if batch.packed is not None:
+            return kernels.attention.packed_attention(
+                q, cache.keys, cache.values, batch.packed, scale=self.scale, window=self.window
+            ).flatten(1)
         if not batch.prefills:
             return self._decode(q, cache, batch).flatten(1)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

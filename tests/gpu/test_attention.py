@@ -1,9 +1,11 @@
 """Attention of a whole batch on a GPU, prefill chunks beside decoding sequences, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
+from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan, PrefillSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.layers.attention import Attention
 from tests.gpu.test_kernels import DTYPES, TOLERANCE, attend, error, normal
@@ -19,7 +21,9 @@ BLOCK_SIZE = 16
     ("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (4, 4, 40)]
 )
 @pytest.mark.parametrize("computed", [(0,), (37,), (0, 64, 5)])
+@pytest.mark.parametrize("is_packed", [False, True])
 def test_a_batch_of_chunks_and_decodes(
+    is_packed: bool,
     computed: tuple[int, ...],
     q_heads: int,
     kv_heads: int,
@@ -72,6 +76,21 @@ def test_a_batch_of_chunks_and_decodes(
         ),
         kv_cache=cache,
     )
+    if is_packed:
+        tiles = [
+            (row, first)
+            for row, length in enumerate(lengths)
+            for first in range(0, length, PackedSpan.TILE)
+        ]
+        sequences = [places[:-1], lengths, [s + n for s, n in zip(starts, lengths, strict=True)]]
+        packed = PackedSpan(
+            tiles=torch.tensor([*tiles, (-1, 0)], device=device, dtype=torch.int32)
+            .t()
+            .contiguous(),
+            sequences=torch.tensor(sequences, device=device, dtype=torch.int32),
+            block_ids=tables.int(),
+        )
+        batch = replace(batch, prefills=(), decode=None, packed=packed)
     attention = Attention(
         layer=0, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, window=window
     )

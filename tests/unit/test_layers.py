@@ -605,3 +605,17 @@ def test_layer_norm_is_that_of_torch(dtype: torch.dtype, eps: float) -> None:
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     expected = centred / deviation * weight.double() + bias.double()
     assert_close(norm(x), expected.to(dtype))
+
+
+def test_what_is_captured_counts_when_it_is_replayed() -> None:
+    tp = TensorParallel(0, 2, SingleCommunicator())
+    reduced = tp.stats("model.layers.0", "all_reduce")
+    reduced.count(torch.zeros(3))
+    before = tp.all_stats()
+    reduced.count(torch.zeros(5))
+    tp.stats("sampler", "all_gather").count(torch.zeros(2))
+    captured = tp.take_back(before)
+    assert [(s.calls, s.payload_bytes) for s in tp.all_stats()] == [(1, 12), (0, 0)]
+    tp.count(captured)
+    tp.count(captured)
+    assert [(s.calls, s.payload_bytes) for s in tp.all_stats()] == [(3, 52), (2, 16)]

@@ -1,0 +1,306 @@
+"""Whole steps as CUDA graphs: from the last tokens to the next, one launch a step.
+
+A graph replays fixed kernels on fixed memory. So there is one for each of a few sizes, a step takes the
+next larger one, and its inputs, which are one array of int32, are copied to where that graph reads them.
+What is left over of the size has no context and writes nothing that counts. A graph is captured when it
+is first needed.
+
+There are two kinds: for steps that only decode, and for those with prompts in them. What the latter save
+is Python: an operation takes longer to launch than to run where tokens are few.
+"""
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
+from shard_worker.kv_cache import KvCache
+from shard_worker.models import Model
+from shard_worker.sampler import Sampler
+from shard_worker.sharding import OpStats
+
+log = logging.getLogger(__name__)
+
+_DECODE_SIZES = (1, 2, 4, 8, *range(16, 257, 16))
+# With more tokens the device takes longer than Python, and torch's attention is the faster one.
+_PREFILL_SIZES = (16, 32, 64, 128, 256, 512)
+_MAX_SEQUENCES = _DECODE_SIZES[-1]
+# Beyond this context torch's attention, launched alone, makes up for the Python that it costs.
+_MAX_PREFILL_CONTEXT = 2048
+_STAGES = 4  # more than steps that are in flight
+
+# A decode step's inputs, [4 + blocks, sequences]: of each sequence where its last token is, that token's
+# position and cache slot, its context with it; below them its blocks, a row each.
+_ROW, _POSITION, _SLOT, _LENGTH, _TABLE = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphChunk:
+    """Tokens [start, stop) of one sequence, whose last token is or comes to `last_tokens[row]`.
+
+    Without `token_ids` the chunk is that token; else they are the sequence's, from 0 on.
+    """
+
+    row: int
+    start: int
+    stop: int
+    token_ids: Sequence[int] | None
+    block_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillLayout:
+    """Where what is in the inputs of a step of up to `size` tokens."""
+
+    size: int
+
+    @property
+    def sequences(self) -> int:
+        return min(self.size, _MAX_SEQUENCES)
+
+    @property
+    def tiles(self) -> int:
+        return self.size // PackedSpan.TILE + self.sequences
+
+    def split(self, flat: Any) -> tuple[Any, Any, Any, Any]:
+        """Of a tensor or an array: tokens [4, size] (id or -1, row, position, slot), sequences
+        [5, sequences] (first token, tokens, context, last token, row), tiles [2, tiles], the rest."""
+        ends = np.cumsum([4 * self.size, 5 * self.sequences, 2 * self.tiles]).tolist()
+        tokens, sequences = flat[: ends[0]], flat[ends[0] : ends[1]]
+        return (
+            tokens.reshape(4, -1),
+            sequences.reshape(5, -1),
+            flat[ends[1] : ends[2]].reshape(2, -1),
+            flat[ends[2] :],
+        )
+
+    @property
+    def num_inputs(self) -> int:
+        """Without block tables."""
+        return 4 * self.size + 5 * self.sequences + 2 * self.tiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    tokens: Tensor
+    communicates: Sequence[OpStats]
+    """What each replay does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Host memory that a copy to the device reads from, and when it has done so."""
+
+    memory: Tensor
+    copied: torch.cuda.Event
+
+
+class StepGraphs:
+    """Runs steps of up to `max_blocks` blocks a sequence.
+
+    `last_tokens` is where sampled tokens stay, int64 [rows + 1]; the last one is for what pads.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Sampler,
+        kv_cache: KvCache,
+        last_tokens: Tensor,
+        *,
+        max_blocks: int,
+    ) -> None:
+        self._model, self._sampler = model, sampler
+        self._kv_cache = kv_cache
+        self._last_tokens = last_tokens
+        self._max_blocks = max_blocks
+        self._max_context_blocks = min(max_blocks, -(-_MAX_PREFILL_CONTEXT // kv_cache.block_size))
+        self._nobody = len(last_tokens) - 1
+        self._graphs: dict[tuple[str, int], _Graph] = {}
+        self._pool: Any = None
+        most = _PrefillLayout(_PREFILL_SIZES[-1])
+        capacity = max(
+            (_TABLE + max_blocks) * _MAX_SEQUENCES,
+            most.num_inputs + self._max_context_blocks * most.sequences,
+        )
+        # All graphs read from the beginning of this.
+        self._inputs = torch.zeros(capacity, dtype=torch.int32, device=last_tokens.device)
+        self._stages: list[_Stage] = []
+        self._next_stage = 0
+
+    def fit(self, chunks: Sequence[GraphChunk]) -> bool:
+        """There is a graph for such a step."""
+        if all(chunk.token_ids is None for chunk in chunks):
+            return len(chunks) <= _MAX_SEQUENCES
+        num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        if num_tokens > _PREFILL_SIZES[-1]:
+            return False
+        layout = _prefill_layout(num_tokens)
+        longest = max(chunk.stop for chunk in chunks)
+        return (
+            len(chunks) <= layout.sequences
+            and longest <= self._max_context_blocks * self._kv_cache.block_size
+        )
+
+    def run(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
+        """Queues a step -> the logits after each chunk [n, vocabulary of this rank], which the next step
+        overwrites, and the likeliest tokens, int64 [n], which are in `last_tokens` then."""
+        if all(chunk.token_ids is None for chunk in chunks):
+            return self._run_decode(chunks)
+        return self._run_prefill(chunks)
+
+    def _run_decode(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
+        size = self._kv_cache.block_size
+        count = len(chunks)
+        bucket = _DECODE_SIZES[bisect_left(_DECODE_SIZES, count)]
+        graph = self._graphs.get(("decode", bucket)) or self._capture("decode", bucket)
+        height = _TABLE + (max(chunk.start for chunk in chunks) // size + 1)
+        stage = self._stage()
+        flat = stage.memory[: height * bucket]
+        array = flat.view(height, bucket).numpy()
+        array.fill(0)
+        array[_ROW, count:] = self._nobody
+        array[_SLOT, count:] = -1
+        for column, chunk in enumerate(chunks):
+            position, blocks = chunk.start, chunk.block_ids
+            used = position // size + 1
+            slot = blocks[used - 1] * size + position % size
+            array[:_TABLE, column] = (chunk.row, position, slot, chunk.stop)
+            array[_TABLE : _TABLE + used, column] = blocks[:used]
+        return self._replay(graph, stage, flat, count)
+
+    def _run_prefill(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
+        size, tile = self._kv_cache.block_size, PackedSpan.TILE
+        layout = _prefill_layout(sum(chunk.stop - chunk.start for chunk in chunks))
+        graph = self._graphs.get(("prefill", layout.size)) or self._capture("prefill", layout.size)
+        most = -(-max(chunk.stop for chunk in chunks) // size)
+        stage = self._stage()
+        flat = stage.memory[: layout.num_inputs + most * layout.sequences]
+        tokens, sequences, tiles, rest = layout.split(flat.numpy())
+        tables = rest.reshape(most, layout.sequences)
+        flat.zero_()
+        tokens[3] = -1  # no slot
+        sequences[4] = self._nobody
+        tiles[0] = -1
+        at = num_tiles = 0
+        for column, chunk in enumerate(chunks):
+            count = chunk.stop - chunk.start
+            blocks = np.array(chunk.block_ids[: -(-chunk.stop // size)], dtype=np.int32)
+            span = slice(at, at + count)
+            if chunk.token_ids is None:
+                tokens[0, at], tokens[1, at] = -1, chunk.row
+            else:
+                tokens[0, span] = chunk.token_ids[chunk.start : chunk.stop]
+            positions = tokens[2, span] = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+            tokens[3, span] = blocks[positions // size] * size + positions % size
+            sequences[:, column] = (at, count, chunk.stop, at + count - 1, chunk.row)
+            tables[: len(blocks), column] = blocks
+            more = -(-count // tile)
+            tiles[0, num_tiles : num_tiles + more] = column
+            tiles[1, num_tiles : num_tiles + more] = range(0, count, tile)
+            num_tiles += more
+            at += count
+        return self._replay(graph, stage, flat, len(chunks))
+
+    def _replay(
+        self, graph: _Graph, stage: _Stage, inputs: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        self._inputs[: len(inputs)].copy_(inputs, non_blocking=True)
+        stage.copied.record()
+        graph.graph.replay()
+        self._sampler.tp.count(graph.communicates)
+        return graph.logits[:count], graph.tokens[:count]
+
+    def _stage(self) -> _Stage:
+        """Memory that no copy reads from any more."""
+        if len(self._stages) < _STAGES:
+            memory = torch.empty(self._inputs.shape, dtype=torch.int32, pin_memory=True)
+            self._stages.append(_Stage(memory, torch.cuda.Event()))
+        stage = self._stages[self._next_stage % len(self._stages)]
+        self._next_stage += 1
+        stage.copied.synchronize()
+        return stage
+
+    def _capture(self, kind: str, size: int) -> _Graph:
+        began = time.monotonic()
+        step = {"decode": self._decode, "prefill": self._prefill}[kind]
+        self._clear_inputs(kind, size)
+        # Once outside: kernels are compiled and libraries set up by their first call.
+        device = self._inputs.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            step(size)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        tp = self._sampler.tp
+        counted = tp.all_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits, tokens = step(size)
+        self._pool = graph.pool()
+        communicates = tp.take_back(counted)
+        log.info("captured a %s step of %d in %.2f s", kind, size, time.monotonic() - began)
+        captured = self._graphs[kind, size] = _Graph(graph, logits, tokens, communicates)
+        return captured
+
+    def _clear_inputs(self, kind: str, size: int) -> None:
+        """Nothing to compute but what pads."""
+        self._inputs.zero_()
+        if kind == "decode":
+            inputs = self._inputs[: _TABLE * size].view(_TABLE, size)
+            inputs[_ROW], inputs[_SLOT] = self._nobody, -1
+        else:
+            tokens, sequences, tiles, _ = _PrefillLayout(size).split(self._inputs)
+            tokens[3], sequences[4], tiles[0] = -1, self._nobody, -1
+
+    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
+        inputs = self._inputs[: (_TABLE + self._max_blocks) * size].view(-1, size)
+        rows = inputs[_ROW].long()
+        batch = ForwardBatch(
+            token_ids=self._last_tokens[rows],
+            positions=inputs[_POSITION].long(),
+            slot_mapping=inputs[_SLOT],
+            decode=DecodeSpan(
+                start=0,
+                block_ids=inputs[_TABLE:].t(),
+                context_lens=inputs[_LENGTH],
+                block_size=self._kv_cache.block_size,
+            ),
+            kv_cache=self._kv_cache,
+        )
+        return self._sample(self._model(batch), rows)
+
+    def _prefill(self, size: int) -> tuple[Tensor, Tensor]:
+        layout = _PrefillLayout(size)
+        tokens, sequences, tiles, rest = layout.split(self._inputs)
+        tables = rest[: self._max_context_blocks * layout.sequences].view(-1, layout.sequences)
+        known = tokens[0].long()
+        batch = ForwardBatch(
+            token_ids=torch.where(known < 0, self._last_tokens[tokens[1].long()], known),
+            positions=tokens[2].long(),
+            slot_mapping=tokens[3],
+            packed=PackedSpan(tiles=tiles, sequences=sequences, block_ids=tables.t()),
+            kv_cache=self._kv_cache,
+        )
+        hidden = self._model(batch)[sequences[3].long()]
+        return self._sample(hidden, sequences[4].long())
+
+    def _sample(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._model.lm_head(hidden)
+        tokens = self._sampler.greedy(logits)
+        self._last_tokens[rows] = tokens
+        return logits, tokens
+
+
+def _prefill_layout(num_tokens: int) -> _PrefillLayout:
+    return _PrefillLayout(_PREFILL_SIZES[bisect_left(_PREFILL_SIZES, num_tokens)])
