@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Protocol, Unpack
 
-from client.grpc_client import AsyncColrow, Colrow, Piece, Prompt, Settings
+from client.grpc_client import Colrow, Piece, Prompt, Settings
 from client.local_cluster import num_cores
 from client.views import enum_name, transport_name
 from colrow import __version__
@@ -610,7 +610,7 @@ def run_bench(
     scheduler = cluster.scheduler
 
     async def run() -> list[Measurement]:
-        async with AsyncColrow(colrow.target) as client:
+        async with colrow.asynchronous() as client:
             await client.cluster_as_known()  # connects, before anything is timed
             return await measure(Bench(client, fresh_prompts(model)), workload, on_progress)
 

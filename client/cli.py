@@ -7,6 +7,7 @@ for them.
 import contextlib
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from client.cli_access import certs, key
 from client.cli_processes import coordinator, serve, worker
+from client.endpoint import DEFAULT_TARGET, Endpoint
 from client.errors import ClusterError
 from client.options import (
+    ApiKey,
     DataType,
     DataTypeName,
     Json,
@@ -28,6 +32,7 @@ from client.options import (
     Target,
     Temperature,
     TensorParallel,
+    Tls,
     TopK,
     TopP,
 )
@@ -79,6 +84,8 @@ def _colrow(
 
 
 app.command()(serve)
+app.command()(certs)
+app.command()(key)
 
 
 @app.command()
@@ -146,6 +153,8 @@ def generate(
         ),
     ] = None,
     target: Target = None,
+    tls: Tls = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Stream the answer to a prompt.
 
@@ -159,7 +168,10 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = console(stderr=True)
-    with termination_interrupts(), connected_or_demo(target, messages) as (colrow, model):
+    with (
+        termination_interrupts(),
+        connected_or_demo(target, tls, api_key, messages) as (colrow, model),
+    ):
         as_chat = model.has_chat_template if chat is None else chat
         if system is not None and not as_chat:
             raise ValueError("system: needs a chat; leave out --raw, or the model has no template")
@@ -203,6 +215,8 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     target: Target = None,
+    tls: Tls = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk with the model, in turns.
 
@@ -229,7 +243,7 @@ def chat(
     }
     with (
         termination_interrupts(SystemExit),  # an interrupt ends the answer only
-        connected_or_demo(target, messages) as (colrow, model),
+        connected_or_demo(target, tls, api_key, messages) as (colrow, model),
     ):
         Chat(colrow, model, messages, system=system, settings=settings).run(make_reader(messages))
 
@@ -237,6 +251,8 @@ def chat(
 @app.command()
 def status(
     target: Target = None,
+    tls: Tls = None,
+    api_key: ApiKey = None,
     as_json: Json = False,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Keep showing it as it changes, until Ctrl-C.")
@@ -256,17 +272,18 @@ def status(
 
     Example: colrow status --watch --interval 2
     """
-    from client.serving import DEFAULT_TARGET, connected, termination_interrupts
+    from client.serving import connected, termination_interrupts
     from client.views import console, message_data, status_tables
 
     out = console()
+    endpoint = Endpoint(target or DEFAULT_TARGET, tls, api_key)
     if watch:
         from client.watch import watch_cluster
 
         with contextlib.suppress(KeyboardInterrupt), termination_interrupts():  # meant to end so
-            watch_cluster(target or DEFAULT_TARGET, interval, out, as_json=as_json)
+            watch_cluster(endpoint, interval, out, as_json=as_json)
         return
-    with connected(target or DEFAULT_TARGET) as (colrow, _):
+    with connected(endpoint) as (colrow, _):
         cluster = colrow.cluster()
     if as_json:
         print(json.dumps(message_data(cluster), indent=2))
@@ -287,6 +304,8 @@ def bench(
             show_default="one is started",
         ),
     ] = None,
+    tls: Tls = None,
+    api_key: ApiKey = None,
     tp: Annotated[
         int | None,
         typer.Option("--tp", min=1, help="Over how many ranks the model is cut.", show_default="2"),
@@ -364,8 +383,10 @@ def bench(
         stack.enter_context(termination_interrupts())
         if target is None:
             settings = Settings(model=model, tp=tp or 2, dtype=dtype or "auto")
-            target = stack.enter_context(running(settings, messages)).local.target
-        colrow, served = stack.enter_context(connected(target))
+            endpoint = stack.enter_context(running(settings, messages)).local.endpoint
+        else:
+            endpoint = Endpoint(target, tls, api_key)
+        colrow, served = stack.enter_context(connected(endpoint))
         with BenchProgress(messages) as progress:
             report = run_bench(colrow, served, workload, progress)
     if json_file is not None:
@@ -430,6 +451,8 @@ def layer(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of noise to send through.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     target: Target = None,
+    tls: Tls = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Look inside a layer: each rank's partial output, and what the partial outputs combine to.
 
@@ -447,7 +470,7 @@ def layer(
     name = module if number is not None else ".".join(filter(None, (layer, module)))
     with (
         termination_interrupts(),
-        connected_or_demo(target, console(stderr=True)) as (colrow, _),
+        connected_or_demo(target, tls, api_key, console(stderr=True)) as (colrow, _),
     ):
         response = colrow.run_layer(layer=number, module=name, num_tokens=tokens, seed=seed)
         show_layer(console(), response)
@@ -461,6 +484,9 @@ for _service in (coordinator, worker):
 
 
 def main() -> None:
+    if sys.argv[1:2] not in (["coordinator"], ["worker"]):
+        # gRPC tells on stderr of every handshake that fails, beside our own line. Read at its import.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app(prog_name="colrow")
 
 

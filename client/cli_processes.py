@@ -3,6 +3,8 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -67,6 +69,27 @@ def serve(
         Literal["safetensors", "dummy"],
         typer.Option(help="dummy: random weights for MODEL's config.json, to measure speed."),
     ] = "safetensors",
+    tls: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Serve gRPC and HTTP over TLS, and call the workers over mutual TLS, with a folder "
+            "of `colrow certs`.",
+            show_default="not encrypted",
+        ),
+    ] = None,
+    client_cert_auth: Annotated[
+        bool,
+        typer.Option(
+            "--client-cert-auth", help="With --tls: hear only those with a certificate of its CA."
+        ),
+    ] = False,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Hear only those who show a key of this file; see `colrow key`."
+        ),
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         typer.Option(help="Of the log files of the processes."),
@@ -76,9 +99,17 @@ def serve(
 
     Example: colrow serve Qwen/Qwen3-0.6B --tp 2
     """
-    from client.serving import Settings, how_to_call, running, termination_interrupts
+    from client.serving import (
+        Settings,
+        how_to_call,
+        running,
+        termination_interrupts,
+    )
     from client.views import console, held_table, rank_rows, rank_table
+    from coordinator.access import what_is_open
 
+    if client_cert_auth and tls is None:
+        raise ValueError("client-cert-auth: needs --tls")
     arguments: list[str] = []
     for name, value in {
         "kv-cache-mib": kv_cache_mib,
@@ -92,6 +123,18 @@ def serve(
     }.items():
         if value is not None:
             arguments += [f"--{name}", str(value)]
+    if client_cert_auth:
+        arguments.append("--client-cert-auth")
+    keys = () if api_keys is None else (api_keys,)
+    secured = replace(
+        _DEFAULTS,
+        host=host,
+        tls=tls,
+        client_cert_auth=client_cert_auth,
+        api_keys=keys,
+        control_api_keys=keys,
+        workers=(),
+    )
     settings = Settings(
         model=model,
         tp=tp,
@@ -104,6 +147,8 @@ def serve(
         served_model_name=served_model_name,
         coordinator_args=arguments,
         worker_args=("--log-level", log_level),
+        tls=tls,
+        api_keys=api_keys,
     )
     out = console()
     with (
@@ -113,6 +158,8 @@ def serve(
     ):
         out.print(rank_table("What each rank owns", rank_rows(started.cluster.plan)))
         out.print(held_table(started.cluster))
+        for line in what_is_open(secured):
+            out.print(f"Open: {line}", style="bold red", markup=False, soft_wrap=True)
         out.print(how_to_call(started.local, started.cluster), soft_wrap=True)
         try:
             while True:

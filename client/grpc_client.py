@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -9,7 +10,9 @@ import grpc
 import grpc.aio
 
 from colrow.errors import ServiceError, Unavailable
-from colrow.rpc import CHANNEL_OPTIONS, error_of
+from colrow.rpc import aio_channel, channel, error_of
+from colrow.rpc_access import KeySender, key_metadata
+from colrow.tls import read_user
 from colrow.v1 import (
     control_service_pb2,
     control_service_pb2_grpc,
@@ -113,11 +116,28 @@ class Score:
 
 
 class Colrow:
-    """A connection to a coordinator at `target` (host:port). Errors are `colrow.errors`."""
+    """A connection to a coordinator at `target` (host:port). Errors are `colrow.errors`.
 
-    def __init__(self, target: str = "localhost:50051") -> None:
+    Args:
+        tls: for one that serves over TLS: a folder with `ca.crt`, by which it is checked, and with
+            `tls.crt` and `tls.key` where it asks for certificates (`colrow certs` makes such folders);
+            or a file of CA certificates. ValueError where it can't be used.
+        api_key: where it asks for one. Without `tls` it travels in the clear.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        tls: Path | str | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._tls = None if tls is None else read_user(Path(tls))
+        self._api_key = api_key
+        self._channel = channel(target, self._tls)
+        if api_key is not None:
+            self._channel = grpc.intercept_channel(self._channel, KeySender(api_key))
         self.inference = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
         self.control = control_service_pb2_grpc.ControlServiceStub(self._channel)
 
@@ -134,6 +154,11 @@ class Colrow:
 
     def close(self) -> None:
         self._channel.close()
+
+    def asynchronous(self) -> "AsyncColrow":
+        """A connection like this one for asyncio."""
+        tls = None if self._tls is None else self._tls.path
+        return AsyncColrow(self.target, tls=tls, api_key=self._api_key)
 
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **settings: Unpack[Settings]
@@ -270,9 +295,16 @@ class AsyncColrow:
     It connects when it is first used, and belongs to the event loop that runs then.
     """
 
-    def __init__(self, target: str = "localhost:50051") -> None:
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        tls: Path | str | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.target = target
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._metadata = key_metadata(api_key)
+        self._channel = aio_channel(target, None if tls is None else read_user(Path(tls)))
         self._inference = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_service_pb2_grpc.ControlServiceStub(self._channel)
 
@@ -291,7 +323,9 @@ class AsyncColrow:
         self, prompt: Prompt, *, timeout_s: float | None = None, **settings: Unpack[Settings]
     ) -> AsyncGenerator[Piece, None]:
         """As `Colrow.generate`. Whoever leaves early closes the generator, and that cancels."""
-        call = self._inference.Generate(_generate_request(prompt, settings), timeout=timeout_s)
+        call = self._inference.Generate(
+            _generate_request(prompt, settings), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             async for response in call:
                 yield _piece(response)
@@ -307,7 +341,7 @@ class AsyncColrow:
         they said last. `Colrow.cluster` asks them, which costs a call to each.
         """
         call = self._control.WatchCluster(
-            _control_pb.WatchClusterRequest(), timeout=CONTROL_TIMEOUT_S
+            _control_pb.WatchClusterRequest(), timeout=CONTROL_TIMEOUT_S, metadata=self._metadata
         )
         try:
             async for response in call:

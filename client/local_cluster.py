@@ -25,10 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from client.endpoint import Endpoint
 from client.errors import ClusterError
 from client.grpc_client import Colrow
 from colrow.errors import ServiceError
 from colrow.v1 import control_service_pb2
+from coordinator.api_keys import add_key
 
 Progress = Callable[[str, int, int], None]
 """`progress(description, done, total)`, as in `client.model_source`."""
@@ -120,6 +122,9 @@ class LocalCluster:
         devices: of each rank, as `colrow worker --device` takes them; by default all "cpu".
         dtype: "auto" is the checkpoint's.
         coordinator_args, worker_args: further flags of `colrow coordinator` and `colrow worker`.
+        tls: a folder of `colrow certs` that the coordinator and the workers serve with, and check
+            each other by. Its certificate has to hold for `host` and for 127.0.0.1.
+        api_keys: a file of keys, one of which users then have to show.
         grpc_port, http_port: of the coordinator; 0 takes a free one, then in `target` and `http_url`.
         log_folder: takes a log file a process. By default a temporary folder, which is removed by
             `stop` unless something failed.
@@ -138,6 +143,8 @@ class LocalCluster:
         http_port: int = 0,
         host: str = "127.0.0.1",
         log_folder: Path | None = None,
+        tls: Path | None = None,
+        api_keys: Path | None = None,
     ) -> None:
         if tp < 1:
             raise ValueError(f"tp must be positive, got {tp}")
@@ -149,7 +156,10 @@ class LocalCluster:
         self.grpc_port = grpc_port
         self.http_port = http_port
         self.log_folder = log_folder
+        self.tls = tls
+        self.api_keys = api_keys
         self.processes: list[Process] = []
+        self._own_key: str | None = None
         self._coordinator_args = tuple(coordinator_args)
         self._worker_args = tuple(worker_args)
         self._worker_ports: list[int] = []
@@ -166,7 +176,13 @@ class LocalCluster:
     @property
     def http_url(self) -> str:
         """Where its HTTP API is."""
-        return f"http://{self._called_host}:{self.http_port}"
+        scheme = "http" if self.tls is None else "https"
+        return f"{scheme}://{self._called_host}:{self.http_port}"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """How this process calls the coordinator."""
+        return Endpoint(self.target, self.tls, self._own_key)
 
     @property
     def _called_host(self) -> str:
@@ -209,6 +225,16 @@ class LocalCluster:
         workers = list(self.processes)
         ports = self._wait_for_ports(workers, "Starting the shard workers", report)
         self._worker_ports = ports
+        secured: list[str] = []
+        if self.tls is not None:
+            secured += ["--tls", str(self.tls), "--worker-tls", str(self.tls)]
+        if self.api_keys is not None:
+            # A key of this process alone, for it knows none of the others.
+            own_keys = self.log_folder / "own-api-keys"
+            own_keys.unlink(missing_ok=True)
+            self._own_key = add_key("colrow-serve", own_keys)
+            for file in (self.api_keys, own_keys):
+                secured += ["--api-keys", str(file)]
         http_port_file = self.log_folder / "coordinator.http-port"
         self.processes.append(
             self._spawn(
@@ -218,6 +244,7 @@ class LocalCluster:
                 *("--grpc-port", str(self.grpc_port), "--dtype", self.dtype),
                 *("--http-port", str(self.http_port), "--http-port-file", str(http_port_file)),
                 *("--workers", ",".join(f"127.0.0.1:{port}" for port in ports)),
+                *secured,
                 *self._coordinator_args,
             )
         )
@@ -230,6 +257,7 @@ class LocalCluster:
             f"worker {rank}",
             "shard_worker",
             *("--port", str(port), "--device", self.devices[rank], *self._worker_args),
+            *(("--tls", str(self.tls)) if self.tls is not None else ()),
             restarts=port != 0,
         )
 
@@ -342,7 +370,7 @@ class LocalCluster:
         deadline = time.monotonic() + timeout_s
         last = "no answer"
         # A thread, because a call to a coordinator that waits for a dead worker would block.
-        with Colrow(self.target) as colrow:
+        with self.endpoint.connect() as colrow:
             threading.Thread(target=follow, args=(colrow,), daemon=True).start()
             while True:
                 self.check()

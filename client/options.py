@@ -1,5 +1,6 @@
 """Arguments and options that several commands have in common."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -34,6 +35,26 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target", metavar="HOST:PORT", help="The coordinator.", show_default="localhost:50051"
+    ),
+]
+Tls = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        metavar="PATH",
+        envvar="COLROW_TLS",
+        help="Call over TLS: a folder of `colrow certs`, or a file of CA certificates.",
+        show_default="not encrypted",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="COLROW_API_KEY",
+        help="Where the coordinator asks for one. Others see the arguments of a command; the variable "
+        "they don't.",
     ),
 ]
 Temperature = Annotated[

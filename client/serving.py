@@ -10,16 +10,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from client.endpoint import DEFAULT_TARGET, Endpoint
 from client.grpc_client import Colrow
 from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
 from client.plan_view import read_spec
 from client.views import ProgressView, num_ranks, progress_view, report_loading
-from colrow.errors import ServiceError, Unavailable
+from colrow.errors import ServiceError, Unauthenticated, Unavailable
+from colrow.tls import CA_FILE, read_server
 from colrow.v1 import control_service_pb2, inference_service_pb2
 from coordinator.shard_plan import make_plan
 
-DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TP = 2
 SERVING_TIMEOUT_S = 600.0  # of loading, which the progress bars show; a large model takes minutes
 
@@ -40,6 +41,8 @@ class Settings:
     served_model_name: str | None = None
     coordinator_args: Sequence[str] = ()
     worker_args: Sequence[str] = ()
+    tls: Path | None = None
+    api_keys: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ def running(settings: Settings, messages: Console) -> Iterator[Running]:
 
     What the user can have got wrong is found before any process starts: ValueError.
     """
+    if settings.tls is not None:
+        read_server(settings.tls, "tls", client_certificates=True)
     for flag, port in (("grpc-port", settings.grpc_port), ("http-port", settings.http_port)):
         if port:
             check_port(settings.host, port, flag)
@@ -99,7 +104,9 @@ def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
         dtype=None if settings.dtype == "auto" else settings.dtype,
         memory_weights=parse_memory_weights(settings.memory_weights),
     )
-    arguments = [*settings.coordinator_args]
+    arguments, worker_arguments = [*settings.coordinator_args], [*settings.worker_args]
+    for root in model_roots(folder):
+        worker_arguments += ["--model-root", str(root)]
     if settings.memory_weights is not None:
         arguments += ["--memory-weights", settings.memory_weights]
     if name := settings.served_model_name or hub_name(settings.model, folder):
@@ -110,11 +117,19 @@ def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
         devices=devices,
         dtype=settings.dtype,
         coordinator_args=arguments,
-        worker_args=settings.worker_args,
+        worker_args=worker_arguments,
         grpc_port=settings.grpc_port,
         http_port=settings.http_port,
         host=settings.host,
+        tls=settings.tls,
+        api_keys=settings.api_keys,
     )
+
+
+def model_roots(folder: Path) -> list[Path]:
+    """The folders that workers need to read a model: its own, and where links in it lead."""
+    leads_to = {file.resolve().parent for file in folder.iterdir() if file.is_symlink()}
+    return sorted({folder.resolve(), *leads_to})
 
 
 def hub_name(model: str | None, folder: Path) -> str | None:
@@ -147,17 +162,30 @@ def check_port(host: str, port: int, flag: str) -> None:
         ) from error
 
 
+class NothingAnswers(Unavailable):
+    """No server listens there."""
+
+
 @contextlib.contextmanager
-def connected(target: str) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
-    """A client of the coordinator at `target`, and the model there. Unavailable when none answers."""
-    with Colrow(target) as colrow:
+def connected(
+    endpoint: Endpoint,
+) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
+    """A client of a coordinator, and the model there. `NothingAnswers` when there is none."""
+    target = endpoint.target
+    with endpoint.connect() as colrow:
         try:
             model = colrow.model()
         except ServiceError as error:
             # An Unavailable of a coordinator has a reason of its own.
             if error.code == Unavailable.code and error.reason == Unavailable.reason:
-                raise Unavailable(
+                if problem := _tls_problem(endpoint, error.message):
+                    raise Unavailable(f"{target}: {problem}", reason="TLS") from error
+                raise NothingAnswers(
                     f"nothing answers at {target}; start one with `colrow serve`"
+                ) from error
+            if error.code == Unauthenticated.code:
+                raise Unauthenticated(
+                    f"{target}: {error.message} (--api-key, or COLROW_API_KEY)", reason=error.reason
                 ) from error
             if error.code == "UNIMPLEMENTED":
                 raise Unavailable(f"what answers at {target} is no Colrow coordinator") from error
@@ -165,9 +193,25 @@ def connected(target: str) -> Iterator[tuple[Colrow, inference_service_pb2.GetMo
         yield colrow, model
 
 
+def _tls_problem(endpoint: Endpoint, message: str) -> str:
+    """What is wrong with the encryption of a call that failed with this; "" where it is not that."""
+    if "WRONG_VERSION_NUMBER" in message:
+        return "it does not speak TLS; leave --tls out"
+    if "CERTIFICATE_VERIFY_FAILED" in message:
+        return f"its certificate is of no CA in --tls {endpoint.tls}, or has expired"
+    if "Peer name" in message or "Hostname" in message:
+        return "its certificate is not for this name; use one that it is for"
+    if "Socket closed" in message:
+        hint = "it may speak TLS; try --tls PATH"
+        if endpoint.tls is not None:
+            hint = f"it may ask for a certificate, and one of its CA is not in --tls {endpoint.tls}"
+        return f"closes the connection; {hint}"
+    return ""
+
+
 @contextlib.contextmanager
 def connected_or_demo(
-    target: str | None, messages: Console
+    target: str | None, tls: Path | None, api_key: str | None, messages: Console
 ) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
     """As `connected`; without a `target` and with nothing at the default one, the demo model.
 
@@ -175,8 +219,10 @@ def connected_or_demo(
     """
     with contextlib.ExitStack() as stack:
         try:
-            connection = stack.enter_context(connected(target or DEFAULT_TARGET))
-        except Unavailable:
+            connection = stack.enter_context(
+                connected(Endpoint(target or DEFAULT_TARGET, tls, api_key))
+            )
+        except NothingAnswers:
             if target is not None:
                 raise
             messages.print(
@@ -184,7 +230,7 @@ def connected_or_demo(
                 f"{num_ranks(DEFAULT_TP)} for this command alone. `colrow serve` keeps one running."
             )
             started = stack.enter_context(running(Settings(), messages))
-            connection = stack.enter_context(connected(started.local.target))
+            connection = stack.enter_context(connected(started.local.endpoint))
         yield connection
 
 
@@ -193,6 +239,13 @@ def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> st
     # localhost is not this address where it is an IPv6 one.
     is_default = local.target in (DEFAULT_TARGET, DEFAULT_TARGET.replace("localhost", "127.0.0.1"))
     target = "" if is_default else f" --target {local.target}"
+    curl = "curl"
+    if local.tls is not None:
+        target += f" --tls {escape(str(local.tls))}"
+        curl += f" --cacert {escape(str(local.tls / CA_FILE))}"
+    if local.api_keys is not None:
+        target += " --api-key KEY"
+        curl += " -H 'Authorization: Bearer KEY'"
     return "\n".join(
         (
             f"[bold green]Serving[/bold green] {escape(cluster.model)} at "
@@ -200,7 +253,7 @@ def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> st
             f'  colrow generate "What is the capital of Japan?"{target}',
             f"  colrow status{target}",
             f"  colrow layer 3 mlp.down_proj{target}",
-            f"  curl {escape(local.http_url)}/v1/models",
+            f"  {curl} {escape(local.http_url)}/v1/models",
             f"OpenAI's clients take base_url={escape(local.http_url)}/v1.",
             f"Logs are in {local.log_folder}. Ctrl-C stops it all.",
         )

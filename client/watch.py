@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from client.endpoint import Endpoint
 from client.grpc_client import Colrow
 from client.views import communicated, enum_name, message_data, new_table, num_ranks
 from colrow.errors import ServiceError
@@ -125,10 +126,10 @@ class Meter:
 
 
 class Follower:
-    """Puts updates of the coordinator at `target` in a queue, from a thread of its own."""
+    """Puts updates of a coordinator in a queue, from a thread of its own."""
 
-    def __init__(self, target: str, interval_s: float) -> None:
-        self.target = target
+    def __init__(self, endpoint: Endpoint, interval_s: float) -> None:
+        self._endpoint = endpoint
         self.updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         self._interval_s = interval_s
         self._stopped = threading.Event()
@@ -144,7 +145,7 @@ class Follower:
             try:
                 # A connection of its own each time: gRPC waits longer and longer before it tries one
                 # again that has failed.
-                with Colrow(self.target) as colrow:
+                with self._endpoint.connect() as colrow:
                     self._follow(colrow)
                 reason = "the coordinator ended the call"
             except ServiceError as error:
@@ -171,19 +172,22 @@ class View(Protocol):
         """Called while nothing is heard."""
 
 
-def watch_cluster(target: str, interval_s: float, out: Console, *, as_json: bool = False) -> None:
+def watch_cluster(
+    endpoint: Endpoint, interval_s: float, out: Console, *, as_json: bool = False
+) -> None:
     """Shows the cluster until interrupted: live where `out` is a terminal that can do so."""
+    target = endpoint.target
     if as_json:
-        _watch(target, interval_s, JsonView(target))
+        _watch(endpoint, interval_s, JsonView(target))
     elif not out.is_terminal or out.is_dumb_terminal:
-        _watch(target, interval_s, LineView(target, out, interval_s))
+        _watch(endpoint, interval_s, LineView(target, out, interval_s))
     else:
         with Live(console=out, auto_refresh=False) as live:
-            _watch(target, interval_s, LiveView(target, live))
+            _watch(endpoint, interval_s, LiveView(target, live))
 
 
-def _watch(target: str, interval_s: float, view: View) -> None:
-    follower, meter = Follower(target, interval_s), Meter(interval_s)
+def _watch(endpoint: Endpoint, interval_s: float, view: View) -> None:
+    follower, meter = Follower(endpoint, interval_s), Meter(interval_s)
     follower.start()
     try:
         while True:

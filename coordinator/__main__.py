@@ -7,10 +7,12 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from colrow import logs
+from colrow import logs, tls
 from colrow.errors import ServiceError
 from coordinator import grpc_server
+from coordinator.access import Access, what_is_open
 from coordinator.cluster import Cluster, ModelFolder, State
 from coordinator.config import CoordinatorConfig, parse
 from coordinator.http import server as http_server
@@ -53,8 +55,16 @@ async def _until_told_to_stop(cluster: Cluster, drain_timeout_s: float) -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serves until a signal ends it, or until the cluster can't come up; then raises its error."""
+    serving_tls = worker_tls = None
+    if config.tls is not None:
+        serving_tls = tls.read_server(
+            config.tls, "tls", client_certificates=config.client_cert_auth
+        )
+    if config.worker_tls is not None:
+        worker_tls = tls.read_peer(config.worker_tls, "worker_tls")
+    access = Access.open(config)
     group = ShardGroup(
-        [WorkerClient(address) for address in config.workers],
+        [WorkerClient(address, worker_tls) for address in config.workers],
         step_timeout_s=config.step_timeout_s,
     )
     model = ModelFolder.open(config.model)
@@ -64,13 +74,22 @@ async def serve(config: CoordinatorConfig) -> None:
     if config.otlp_endpoint:
         tracing = Tracing.open(config.otlp_endpoint, config.served_model_name)
     cluster = Cluster(config, model, group, observer=Telemetry(metrics, tracing))
-    server = grpc_server.build(cluster)
-    api = http_server.build(cluster, lambda accept: metrics.render(cluster, accept))
-    http = HttpServer(api, stop_grace_s=math.ceil(STOP_GRACE_S))
+    secured: dict[str, Any] = {
+        "tls": serving_tls,
+        "client_certificates": config.client_cert_auth,
+    }
+    server = grpc_server.build(cluster, access, **secured)
+    api = http_server.build(
+        cluster, lambda accept: metrics.render(cluster, accept), access.to_http if access else None
+    )
+    http = HttpServer(api, stop_grace_s=math.ceil(STOP_GRACE_S), **secured)
     http_port = http.bind(config.host, config.http_port)
     port = await server.start(f"{config.host}:{config.grpc_port}")
     await http.start()
-    log.info("HTTP API at http://%s:%d", config.host, http_port)
+    for line in what_is_open(config):
+        log.warning("%s", line)
+    scheme = "https" if serving_tls else "http"
+    log.info("HTTP API at %s://%s:%d", scheme, config.host, http_port)
     log.info("listening on %s:%d", config.host, port)
     if config.http_port_file is not None:
         config.http_port_file.write_text(f"{http_port}\n")

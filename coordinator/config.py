@@ -44,6 +44,11 @@ class CoordinatorConfig:
     log_level: str
     log_format: str
     otlp_endpoint: str
+    tls: Path | None
+    client_cert_auth: bool
+    worker_tls: Path | None
+    api_keys: tuple[Path, ...]
+    control_api_keys: tuple[Path, ...]
     http_port: int = 8000
     port_file: Path | None = None
     http_port_file: Path | None = None
@@ -146,6 +151,38 @@ def _parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds that running requests have to end after SIGTERM; SIGINT waits for none",
     )
+    add(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="serve gRPC and HTTP over TLS with DIR/tls.crt and DIR/tls.key; `colrow certs` makes them",
+    )
+    add(
+        "--client-cert-auth",
+        action="store_true",
+        help="with --tls: hear only those whose certificate is of a CA in DIR/ca.crt (mutual TLS)",
+    )
+    add(
+        "--worker-tls",
+        type=Path,
+        metavar="DIR",
+        help="call the workers over mutual TLS: show DIR/tls.crt, check theirs by DIR/ca.crt",
+    )
+    add(
+        "--api-keys",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="hear only those who show a key of this file, which `colrow key` writes; it is read "
+        "again when it changes. May be given several times",
+    )
+    add(
+        "--control-api-keys",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the same for ControlService and channelz (default: those of --api-keys)",
+    )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--log-format", choices=FORMATS, default="text", help="json is one object a line")
     add(
@@ -207,6 +244,8 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         parser.error(f"--workers {flags.workers}: an address stands there twice")
     if flags.otlp_endpoint and not re.fullmatch(r"https?://[^\s/]+/?", flags.otlp_endpoint):
         parser.error(f"--otlp-endpoint {flags.otlp_endpoint!r}: is no http://HOST:PORT")
+    if flags.client_cert_auth and flags.tls is None:
+        parser.error("--client-cert-auth: needs --tls, whose ca.crt says whose certificates count")
     weights = None
     if flags.memory_weights not in (None, "auto"):
         try:
@@ -242,6 +281,11 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
         log_level=flags.log_level,
         log_format=flags.log_format,
         otlp_endpoint=flags.otlp_endpoint,
+        tls=flags.tls,
+        client_cert_auth=flags.client_cert_auth,
+        worker_tls=flags.worker_tls,
+        api_keys=tuple(flags.api_keys or ()),
+        control_api_keys=tuple(flags.control_api_keys or flags.api_keys or ()),
         http_port=flags.http_port,
         port_file=flags.port_file,
         http_port_file=flags.http_port_file,

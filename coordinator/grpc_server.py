@@ -8,6 +8,8 @@ import grpc
 
 from colrow.errors import InvalidArgument, NotFound, ResourceExhausted
 from colrow.rpc import MAX_MESSAGE_BYTES, Server
+from colrow.rpc_access import AuthorizeInterceptor
+from colrow.tls import Tls
 from colrow.v1 import (
     control_service_pb2,
     control_service_pb2_grpc,
@@ -15,6 +17,7 @@ from colrow.v1 import (
     inference_service_pb2_grpc,
 )
 from coordinator import convert, run_layer
+from coordinator.access import Access
 from coordinator.cluster import Cluster, parse_config
 from coordinator.families import model_spec
 from coordinator.request import Request
@@ -195,9 +198,20 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
         return _control_pb.DrainResponse()
 
 
-def build(cluster: Cluster) -> Server:
-    """A server with the coordinator's services, not started."""
-    server = Server(SERVICES)
+def build(
+    cluster: Cluster,
+    access: Access | None = None,
+    *,
+    tls: Tls | None = None,
+    client_certificates: bool = False,
+) -> Server:
+    """A server with the coordinator's services, not started; open to everyone without `access`."""
+    server = Server(
+        SERVICES,
+        tls=tls,
+        client_certificates=client_certificates,
+        interceptors=[AuthorizeInterceptor(access.to_grpc)] if access else [],
+    )
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceServicer(cluster), server.grpc_server
     )

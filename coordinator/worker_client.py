@@ -9,7 +9,8 @@ import grpc
 import numpy as np
 
 from colrow.errors import FailedPrecondition, ServiceError, Unavailable
-from colrow.rpc import CHANNEL_OPTIONS, error_of
+from colrow.rpc import aio_channel, error_of
+from colrow.tls import Tls
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
@@ -33,9 +34,9 @@ async def _answer(call: Awaitable[T]) -> T:
 class WorkerClient:
     """Implements `shard_group.Worker` over one channel."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = aio_channel(address, tls)
         self._stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(self._channel)
         self._steps: Any = None
         self._epoch = 0

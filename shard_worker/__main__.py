@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from colrow import logs
+from colrow import logs, tls
 from colrow.errors import ServiceError
 from shard_worker import grpc_server
 from shard_worker.config import WorkerConfig, parse
@@ -25,12 +25,14 @@ async def serve(config: WorkerConfig) -> None:
     torch.set_num_threads(config.num_threads)
     # The thread that launches steps would keep those that answer from running for 5 ms at a time.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    own = tls.read_server(config.tls, "tls", client_certificates=True) if config.tls else None
     executor = Executor(config)
     await executor.open()
-    server = grpc_server.build(executor)
+    server = grpc_server.build(executor, own, config.tls_client)
     port = await server.start(f"{config.host}:{config.port}")
     # A worker serves as soon as it can be joined; how far it is, Describe tells.
     await server.set_serving(True)
+    _warn_of_what_is_open(config)
     log.info("listening on %s:%d", config.host, port)
     if config.port_file is not None:
         config.port_file.write_text(f"{port}\n")
@@ -44,6 +46,20 @@ async def serve(config: WorkerConfig) -> None:
     lease.cancel()
     await server.stop(STOP_GRACE_S)
     await executor.close()
+
+
+def _warn_of_what_is_open(config: WorkerConfig) -> None:
+    """A line for each door that stands open to other machines, with the flag that closes it."""
+    if tls.is_loopback(config.host):
+        return
+    if config.tls is None:
+        log.warning(
+            "anyone who reaches %s may have this worker load and compute, and prompts can be read on "
+            "their way; --tls closes it",
+            config.host,
+        )
+    if not config.model_roots:
+        log.warning("models are loaded from any folder; --model-root closes it")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import DataLoss, InvalidArgument
+from shard_worker.model_roots import ModelRoots
 from shard_worker.sharding import ShardLayout
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -33,6 +34,8 @@ FileVersions = tuple[tuple[str, int, int], ...]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+ANYWHERE = ModelRoots()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,12 @@ class Checkpoint:
         self.bytes_read = bytes_read
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
-        """Reads the headers. InvalidArgument when there is no checkpoint, DataLoss when it is broken."""
+    def open(cls, folder: Path, roots: ModelRoots = ANYWHERE) -> "Checkpoint":
+        """Reads the headers. InvalidArgument when there is no checkpoint, DataLoss when it is broken,
+        PermissionDenied when a file, links followed, lies outside of `roots`."""
         index = folder / INDEX_FILE
         if index.is_file():
+            roots.check(index)
             weight_map = _read_index(index)
             files, bytes_read = sorted(set(weight_map.values())), index.stat().st_size
         elif (folder / SINGLE_FILE).is_file():
@@ -81,6 +86,7 @@ class Checkpoint:
             )
         tensors: dict[str, StoredTensor] = {}
         for file in files:
+            roots.check(file)
             if not file.is_file():
                 raise DataLoss(f"{file}: is missing; {INDEX_FILE} names it")
             found, header_bytes = _read_header(file)

@@ -11,7 +11,10 @@ from colrow.logs import FORMATS
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`advertise_host` is the address under which the other ranks reach this worker's data plane."""
+    """`advertise_host` is the address under which the other ranks reach this worker's data plane.
+
+    Without `model_roots` models are loaded from any folder.
+    """
 
     host: str
     port: int
@@ -23,6 +26,9 @@ class WorkerConfig:
     log_level: str
     log_format: str
     port_file: Path | None = None
+    tls: Path | None = None
+    tls_client: str = "coordinator"
+    model_roots: tuple[Path, ...] = ()
 
 
 def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
@@ -63,6 +69,27 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         help="seconds without a call of a coordinator after which weights and cache are freed",
     )
     parser.add_argument(
+        "--model-root",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="load models from folders within this one only, links followed. May be given several "
+        "times (default: from any folder)",
+    )
+    parser.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="serve over mutual TLS: show DIR/tls.crt, check clients by DIR/ca.crt; `colrow certs` "
+        "makes them",
+    )
+    parser.add_argument(
+        "--tls-client",
+        default="coordinator",
+        metavar="NAME",
+        help="with --tls: the name in the certificate of the only client that may call",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     parser.add_argument(
@@ -91,4 +118,7 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         log_level=flags.log_level,
         log_format=flags.log_format,
         port_file=flags.port_file,
+        tls=flags.tls,
+        tls_client=flags.tls_client,
+        model_roots=tuple(flags.model_root or ()),
     )

@@ -68,11 +68,8 @@ def load_request(request: _pb.LoadShardRequest) -> LoadRequest:
         raise InvalidArgument("config_json", request.config_json, "is no JSON object")
     if request.data_type not in _DTYPES or request.data_type == tensor_pb2.DATA_TYPE_INT64:
         raise InvalidArgument("data_type", request.data_type, "no model can be held in it")
-    folder = Path(request.model_path)
-    if not folder.is_dir():
-        raise InvalidArgument("model_path", request.model_path, "is no folder on this worker")
     return LoadRequest(
-        model_path=folder,
+        model_path=Path(request.model_path),
         config=config,
         dtype=_DTYPES[request.data_type],
         parameters=[_parameter(parameter) for parameter in request.parameters],

@@ -46,6 +46,7 @@ from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
 from shard_worker.kv_cache import KvCache
+from shard_worker.model_roots import ModelRoots
 from shard_worker.model_runner import ModelRunner, Step, StepResult
 from shard_worker.partial import Partial, compute_partial
 from shard_worker.sampler import Sampler
@@ -155,6 +156,7 @@ class Executor:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._device = torch.device(config.device)
+        self._model_roots = ModelRoots.of(config.model_roots)
         self._thread = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="device", initializer=self._take_device
         )
@@ -350,6 +352,11 @@ class Executor:
 
         A shard that is held since an earlier epoch and is still the same is not read again.
         """
+        self._model_roots.check(request.model_path)
+        if not request.model_path.is_dir():
+            raise InvalidArgument(
+                "model_path", str(request.model_path), "is no folder on this worker"
+            )
         group = self._check(epoch, State.JOINED)
         loop = asyncio.get_running_loop()
 
@@ -382,7 +389,9 @@ class Executor:
             group.rank,
             tuple(request.ranks),
         )
-        opened = None if request.is_dummy else checkpoint.Checkpoint.open(request.model_path)
+        opened = None
+        if not request.is_dummy:
+            opened = checkpoint.Checkpoint.open(request.model_path, self._model_roots)
         files: checkpoint.FileVersions = ()
         if opened is not None:
             self._file_bytes_read += opened.bytes_read

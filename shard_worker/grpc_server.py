@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 import grpc
 
 from colrow.rpc import Server
+from colrow.rpc_access import PeerInterceptor
+from colrow.tls import Tls
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from shard_worker import convert
 from shard_worker.executor import Executor
@@ -113,9 +115,14 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
         return _pb.AbortGroupResponse()
 
 
-def build(executor: Executor) -> Server:
-    """A server with the worker's service, not started."""
-    server = Server([SERVICE])
+def build(executor: Executor, tls: Tls | None = None, client: str = "") -> Server:
+    """A server with the worker's service, not started; with `tls` only `client` may call it."""
+    server = Server(
+        [SERVICE],
+        tls=tls,
+        client_certificates=True,
+        interceptors=[PeerInterceptor(client)] if tls else [],
+    )
     shard_worker_service_pb2_grpc.add_ShardWorkerServiceServicer_to_server(
         ShardWorkerServicer(executor), server.grpc_server
     )

@@ -18,6 +18,8 @@ RETRY_AFTER_S = 1.0  # where an error that passes does not say itself
 STATUSES = {
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,
     "UNIMPLEMENTED": 501,
@@ -66,6 +68,8 @@ def http_error(error: ServiceError, names: Mapping[str, str] | None = None) -> H
         message = f"{param}{message.removeprefix(error.field)}"
     status = STATUSES.get(error.code, 500)
     headers = {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if status in (429, 503):
         # In whole seconds, and at least one: a client that gets 0 is there again at once.
         seconds = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s

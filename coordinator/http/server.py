@@ -15,12 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from colrow import __version__
 from colrow.errors import InvalidArgument, ServiceError
+from colrow.tls import Tls
 from coordinator.cluster import Cluster
 from coordinator.http import errors
+from coordinator.http.access import Authorize, Guarded
 from coordinator.http.api import REQUEST_ID, Api, RenderMetrics, checked_id
 
 log = logging.getLogger(__name__)
 
+MAX_HEAD_BYTES = 64 * 2**10  # of a request line and its headers; more is answered with 400
 KEEP_ALIVE_S = 65  # longer than clients keep unused connections, so that none dies under a request
 
 
@@ -62,8 +65,10 @@ class Outermost:
                 raise  # and the connection is closed
 
 
-def build(cluster: Cluster, render_metrics: RenderMetrics) -> ASGIApp:
-    """The API as an ASGI app."""
+def build(
+    cluster: Cluster, render_metrics: RenderMetrics, authorize: Authorize | None = None
+) -> ASGIApp:
+    """The API as an ASGI app; open to everyone without `authorize`."""
     app = FastAPI(
         title="Colrow",
         summary="Tensor-parallel LLM inference",
@@ -77,7 +82,7 @@ def build(cluster: Cluster, render_metrics: RenderMetrics) -> ASGIApp:
     app.add_exception_handler(ServiceError, errors.on_service_error)
     app.add_exception_handler(errors.ClientGone, errors.on_client_gone)
     app.add_exception_handler(Exception, errors.on_bug)
-    return Outermost(app)
+    return Outermost(app if authorize is None else Guarded(app, authorize))
 
 
 class _Server(uvicorn.Server):
@@ -89,9 +94,20 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """An ASGI app on a port, in the running event loop."""
+    """An ASGI app on a port, in the running event loop; over TLS where it is given some.
 
-    def __init__(self, app: ASGIApp, *, stop_grace_s: int) -> None:
+    With `client_certificates` only those are heard whose certificate is of a CA in `tls`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        stop_grace_s: int,
+        tls: Tls | None = None,
+        client_certificates: bool = False,
+    ) -> None:
+        context = tls and tls.server_context(client_certificates=client_certificates)
         config = uvicorn.Config(
             app,
             http="h11",
@@ -104,6 +120,8 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=stop_grace_s,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ssl_context_factory=(lambda config, default: context) if context else None,
         )
         self._server = _Server(config)
         self._socket: socket.socket | None = None

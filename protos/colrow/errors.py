@@ -48,6 +48,20 @@ class InvalidArgument(ServiceError, ValueError):
         self.field = field
 
 
+class Unauthenticated(ServiceError):
+    """The caller does not say who it is, or is not who it says."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServiceError):
+    """The caller is known and may not do this."""
+
+    code = "PERMISSION_DENIED"
+    reason = "FORBIDDEN"
+
+
 class NotFound(ServiceError):
     """What the call names does not exist here."""
 
@@ -104,6 +118,8 @@ class Internal(ServiceError):
 BY_CODE: dict[str, type[ServiceError]] = {
     kind.code: kind
     for kind in (
+        Unauthenticated,
+        PermissionDenied,
         NotFound,
         FailedPrecondition,
         ResourceExhausted,

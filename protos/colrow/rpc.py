@@ -1,8 +1,8 @@
 """What every gRPC server and client of the contract has in common.
 
-Servers: health, reflection and channelz beside their own services, one size limit, and errors as
-canonical codes with `google.rpc.ErrorInfo` and `RetryInfo`. Clients: the same errors back as
-exceptions. See the gRPC health checking protocol and AIP-193.
+Servers: health, reflection and channelz beside their own services, TLS, one set of limits, and errors
+as canonical codes with `google.rpc.ErrorInfo` and `RetryInfo`. Clients: channels, and the same errors
+back as exceptions. See the gRPC health checking protocol and AIP-193; who may call is in `rpc_access`.
 """
 
 import inspect
@@ -19,14 +19,19 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from colrow.errors import BY_CODE, DOMAIN, Internal, InvalidArgument, ServiceError
+from colrow.tls import Tls
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_METADATA_BYTES = 16 * 1024  # of one call, as gRPC counts it: 32 bytes an entry come on top
 
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Below the first all is taken and above the second nothing; gRPC refuses at random in between.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # A second server on a port that is in use must fail instead of sharing it.
     ("grpc.so_reuseport", 0),
     # The default allows one ping in five minutes on a quiet stream and cuts off who pings as ours do.
@@ -46,7 +51,25 @@ CHANNEL_OPTIONS = (
 )
 
 
-def _status(error: ServiceError) -> Any:
+def channel(target: str, tls: Tls | None = None) -> grpc.Channel:
+    """To a server at host:port; plain without `tls`."""
+    if tls is None:
+        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, _credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def aio_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """The same for asyncio."""
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, _credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+
+
+def status_of(error: ServiceError) -> Any:
     """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata."""
     details = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
@@ -94,6 +117,17 @@ def _status_of(error: Any) -> status_pb2.Status | None:
     return None
 
 
+def wrapped(handler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """A method's handler with something around what it does."""
+    kind = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    behaviour = handler.stream_stream or handler.unary_stream or handler.unary_unary
+    return kind(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends calls that raise a `ServiceError` with its status, and bugs with INTERNAL and a log."""
 
@@ -107,15 +141,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith("/colrow."):
             return handler
         wrap = _guard_stream if handler.response_streaming else _guard_unary
-        kind = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        behaviour = handler.stream_stream or handler.unary_stream or handler.unary_unary
-        return kind(
-            wrap(behaviour, method), handler.request_deserializer, handler.response_serializer
-        )
+        return wrapped(handler, lambda behaviour: wrap(behaviour, method))
 
 
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
@@ -130,7 +156,7 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exceptio
     if not isinstance(error, ServiceError):
         log.exception("%s failed", method)
         error = Internal(f"{type(error).__name__}: {error}")
-    await context.abort_with_status(_status(error))
+    await context.abort_with_status(status_of(error))
 
 
 def _guard_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -169,14 +195,24 @@ class Server:
     """A gRPC server with the contract's standard services; the caller adds its own servicers.
 
     `grpc_server` takes the servicers, then `start` binds and serves. Health is NOT_SERVING until
-    `set_serving(True)`.
+    `set_serving(True)`. Without `tls` anyone may read what travels; with `client_certificates` only
+    those are heard whose certificate is of a CA in `tls`.
     """
 
-    def __init__(self, service_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        service_names: Sequence[str],
+        *,
+        tls: Tls | None = None,
+        client_certificates: bool = False,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self._service_names = ("", *service_names)
+        self._tls = tls
+        self._client_certificates = client_certificates
         self._health = health.aio.HealthServicer()
         self.grpc_server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS
+            interceptors=(*interceptors, ErrorInterceptor()), options=SERVER_OPTIONS
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         channelz.add_channelz_servicer(self.grpc_server)
@@ -194,7 +230,15 @@ class Server:
         """Binds `host:port` and serves; returns the port. InvalidArgument where it can't bind."""
         await self.set_serving(False)
         try:
-            port = self.grpc_server.add_insecure_port(address)
+            if self._tls is None:
+                port = self.grpc_server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials(
+                    [(self._tls.key, self._tls.certificate)],
+                    root_certificates=self._tls.ca,
+                    require_client_auth=self._client_certificates,
+                )
+                port = self.grpc_server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise InvalidArgument(
                 "address", address, "can't be bound; is the port in use?"

@@ -80,8 +80,9 @@ def test_a_package_does_not_import_what_is_not_its_business(
 
 
 def sees_the_wire(path: Path) -> bool:
+    ours = ("colrow.v1", "colrow.rpc", "colrow.rpc_access")
     return any(
-        name.partition(".")[0] in WIRE or uses(name, "colrow.v1") or uses(name, "colrow.rpc")
+        name.partition(".")[0] in WIRE or any(uses(name, module) for module in ours)
         for name in imports(path)
     )
 
@@ -108,9 +109,9 @@ def test_only_the_http_api_sees_what_it_is_made_of() -> None:
     assert all(uses(module, "coordinator.http") for module in seeing)
 
 
-def test_of_the_contracts_own_modules_only_rpc_sees_grpc_and_protobuf() -> None:
+def test_of_the_contracts_own_modules_two_see_grpc_and_protobuf() -> None:
     seeing = {path.name for path in (ROOT / "protos/colrow").glob("*.py") if sees_the_wire(path)}
-    assert seeing == {"rpc.py"}
+    assert seeing == {"rpc.py", "rpc_access.py"}
 
 
 def test_in_the_client_one_module_makes_calls() -> None:
@@ -118,7 +119,7 @@ def test_in_the_client_one_module_makes_calls() -> None:
         module
         for module, path in modules("client").items()
         for name in imports(path)
-        if uses(name, "grpc") or uses(name, "colrow.rpc") or name.endswith("_pb2_grpc")
+        if uses(name, "grpc") or name.startswith("colrow.rpc") or name.endswith("_pb2_grpc")
     }
     assert calling == {"client.grpc_client"}
 
@@ -198,4 +199,4 @@ def test_what_lies_within_the_edges_loads_without_grpc_and_protobuf(package: str
     assert len(within) > 10
     found = loaded(*within)
     assert set(within) <= found
-    assert not found & {*WIRE - {"google"}, "google.protobuf", "colrow.rpc"}
+    assert not found & {*WIRE - {"google"}, "google.protobuf", "colrow.rpc", "colrow.rpc_access"}

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from client import watch
+from client.endpoint import Endpoint
 from client.grpc_client import Colrow
 from client.views import communication_by_module_table, communication_table
 from client.watch import Follower, JsonView, LineView, LiveView, Meter, Update, bar, rates
@@ -160,7 +161,7 @@ def test_a_coordinator_that_goes_away_is_told_of_and_found_again(
 
     monkeypatch.setattr(Colrow, "watch", follow)
     monkeypatch.setattr(watch, "RETRY_S", 0.01)
-    follower = Follower("there:1", 1.0)
+    follower = Follower(Endpoint("there:1"), 1.0)
     follower.start()
     heard = [follower.updates.get(timeout=5) for _ in range(6)]
     follower.stop()
