@@ -17,7 +17,7 @@ from client.model_source import resolve_model
 from client.plan_view import read_spec
 from client.views import ProgressView, num_ranks, progress_view, report_loading
 from colrow.errors import ServiceError, Unauthenticated, Unavailable
-from colrow.tls import CA_FILE, read_server
+from colrow.tls import CA_FILE, explain, read_server
 from colrow.v1 import control_service_pb2, inference_service_pb2
 from coordinator.shard_plan import make_plan
 
@@ -178,8 +178,10 @@ def connected(
         except ServiceError as error:
             # An Unavailable of a coordinator has a reason of its own.
             if error.code == Unavailable.code and error.reason == Unavailable.reason:
-                if problem := _tls_problem(endpoint, error.message):
-                    raise Unavailable(f"{target}: {problem}", reason="TLS") from error
+                encrypted = endpoint.tls is not None
+                if problem := explain(error.message, encrypted=encrypted):
+                    given = f"--tls is {endpoint.tls}" if encrypted else "--tls is not given"
+                    raise Unavailable(f"{target}: {problem} ({given})", reason="TLS") from error
                 raise NothingAnswers(
                     f"nothing answers at {target}; start one with `colrow serve`"
                 ) from error
@@ -191,22 +193,6 @@ def connected(
                 raise Unavailable(f"what answers at {target} is no Colrow coordinator") from error
             raise
         yield colrow, model
-
-
-def _tls_problem(endpoint: Endpoint, message: str) -> str:
-    """What is wrong with the encryption of a call that failed with this; "" where it is not that."""
-    if "WRONG_VERSION_NUMBER" in message:
-        return "it does not speak TLS; leave --tls out"
-    if "CERTIFICATE_VERIFY_FAILED" in message:
-        return f"its certificate is of no CA in --tls {endpoint.tls}, or has expired"
-    if "Peer name" in message or "Hostname" in message:
-        return "its certificate is not for this name; use one that it is for"
-    if "Socket closed" in message:
-        hint = "it may speak TLS; try --tls PATH"
-        if endpoint.tls is not None:
-            hint = f"it may ask for a certificate, and one of its CA is not in --tls {endpoint.tls}"
-        return f"closes the connection; {hint}"
-    return ""
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+CHARACTERS_A_TOKEN = 16  # at most, in a text of many; texts have 4 or 5
 STATUS_TIMEOUT_S = 2.0
 DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 RECOVERY_ATTEMPT_S = 10.0  # for lost workers to be back, before it is tried anew
@@ -74,7 +75,11 @@ class ModelFolder:
             fields = Fields(generation, prefix=f"{GENERATION_CONFIG_FILE}: ")
             ids = fields.token_ids("eos_token_id", None)
             spec = replace(spec, eos_token_ids=tuple({*spec.eos_token_ids, *ids}))
-        return cls(path.resolve(), text, spec, Tokenizer.load(path))
+        tokenizer = Tokenizer.load(path)
+        if tokenizer is not None:
+            long = CHARACTERS_A_TOKEN * spec.max_position_embeddings
+            tokenizer.max_characters = max(tokenizer.max_characters, long)
+        return cls(path.resolve(), text, spec, tokenizer)
 
 
 def parse_config(text: str, field: str = "config_json") -> dict[str, Any]:

@@ -31,7 +31,7 @@ from coordinator.shard_group import (
     WorkerStatus,
 )
 from coordinator.shard_plan import ShardPlan
-from coordinator.tokenizer import ChatMessage, Tokenizer
+from coordinator.tokenizer import ChatMessage, Tokenizer, chat_length
 
 _worker_pb = shard_worker_service_pb2
 _control_pb = control_service_pb2
@@ -200,6 +200,18 @@ def prompt(request: _inference_pb.GenerateRequest, tokenizer: Tokenizer | None) 
     raise InvalidArgument("prompt", None, "set text, token_ids or chat")
 
 
+def text_length(text: str, chat: _inference_pb.Chat | None, tokenizer: Tokenizer | None) -> int:
+    """Characters that are to be tokenized. InvalidArgument where they are too many."""
+    length = chat_length(_messages(chat)) if chat is not None else len(text)
+    if tokenizer is not None:
+        tokenizer.check_length("text" if chat is None else "chat", length)
+    return length
+
+
+def _messages(chat: _inference_pb.Chat) -> list[ChatMessage]:
+    return [ChatMessage(m.role, m.content) for m in chat.messages]
+
+
 def text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
     return need(tokenizer).encode(text)
 
@@ -207,7 +219,7 @@ def text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
 def chat_ids(chat: _inference_pb.Chat, tokenizer: Tokenizer | None) -> list[int]:
     if not chat.messages:
         raise InvalidArgument("chat.messages", [], "is empty")
-    return need(tokenizer).encode_chat(ChatMessage(m.role, m.content) for m in chat.messages)
+    return need(tokenizer).encode_chat(_messages(chat))
 
 
 def need(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import grpc
 
@@ -31,6 +32,8 @@ SERVICES = (
     _control_pb.DESCRIPTOR.services_by_name["ControlService"].full_name,
 )
 
+T = TypeVar("T")
+
 MAX_PLANNED_TP_SIZE = 1024
 TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 
@@ -53,17 +56,29 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 metadata={"field": "model", "value": model, "served": served},
             )
 
+    async def _aside(
+        self,
+        request: _inference_pb.GenerateRequest | _inference_pb.TokenizeRequest,
+        work: Callable[[], T],
+    ) -> T:
+        """`work` with a request's text, where others don't notice; InvalidArgument if it is too long."""
+        tokenizer = self._cluster.model.tokenizer
+        chat = request.chat if request.HasField("chat") else None
+        length = convert.text_length(request.text, chat, tokenizer)
+        return await tokenizer.aside(length, work) if tokenizer is not None else work()
+
     async def Generate(
         self, request: _inference_pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[_inference_pb.GenerateResponse]:
         self._check_model(request.model)
         engine = self._cluster.engine
         request_id = request.request_id or uuid.uuid4().hex
-        outputs = engine.generate(
-            convert.generate_request(
-                request, request_id, self._cluster.model.tokenizer, _trace(context)
-            )
+        trace = _trace(context)
+        tokenizer = self._cluster.model.tokenizer
+        asked = await self._aside(
+            request, lambda: convert.generate_request(request, request_id, tokenizer, trace)
         )
+        outputs = engine.generate(asked)
         try:
             async for output in outputs:
                 yield convert.generate_response(request_id, output)
@@ -99,17 +114,21 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> _inference_pb.TokenizeResponse:
         self._check_model(request.model)
         tokenizer = convert.need(self._cluster.model.tokenizer)
-        match request.WhichOneof("input"):
-            case "text":
-                ids = convert.text_ids(request.text, tokenizer)
-            case "chat":
-                ids = convert.chat_ids(request.chat, tokenizer)
-            case _:
-                raise InvalidArgument("input", None, "set text or chat")
-        return _inference_pb.TokenizeResponse(
-            token_ids=ids,
-            tokens=[tokenizer.decode([token], skip_special_tokens=False) for token in ids],
-        )
+
+        def tokenize() -> _inference_pb.TokenizeResponse:
+            match request.WhichOneof("input"):
+                case "text":
+                    ids = convert.text_ids(request.text, tokenizer)
+                case "chat":
+                    ids = convert.chat_ids(request.chat, tokenizer)
+                case _:
+                    raise InvalidArgument("input", None, "set text or chat")
+            return _inference_pb.TokenizeResponse(
+                token_ids=ids,
+                tokens=[tokenizer.decode([token], skip_special_tokens=False) for token in ids],
+            )
+
+        return await self._aside(request, tokenize)
 
     async def Detokenize(
         self, request: _inference_pb.DetokenizeRequest, context: grpc.aio.ServicerContext

@@ -1,12 +1,14 @@
 """Text to token ids and back, with the tokenizer and the chat template that the model came with."""
 
+import asyncio
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -16,13 +18,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from colrow.errors import InvalidArgument
 
+T = TypeVar("T")
+
 TOKENIZER_FILE = "tokenizer.json"
 
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character
+MAX_TEXT_CHARACTERS = 2**20  # of one text; that many take seconds, and up to 400 MiB meanwhile
+LONG_TEXTS_AT_ONCE = 2
+LONG_TEXT = 8192  # characters; tokenizing less takes a few milliseconds at most
 LOOK_BACK = 8  # tokens of a prompt that the text after it may depend on
 
 # What every template is given; a caller may not put something else in its place.
 TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+MESSAGE_CHARACTERS = 16  # that a template puts around a message, about
 
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -58,6 +67,11 @@ class ChatOptions:
             )
 
 
+def chat_length(messages: Sequence[ChatMessage]) -> int:
+    """About as many characters as a conversation is when it is written."""
+    return sum(len(m.role) + len(m.content) + MESSAGE_CHARACTERS for m in messages)
+
+
 ASK = ChatOptions()
 """The assistant is to answer."""
 
@@ -74,6 +88,8 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._special = special
+        self.max_characters = MAX_TEXT_CHARACTERS
+        self._threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, thread_name_prefix="tokenizer")
         self._added = {
             token_id: token.content
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -120,6 +136,20 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def check_length(self, field: str, length: int) -> None:
+        """InvalidArgument of `field` where a text has too many characters to be looked at."""
+        if length > self.max_characters:
+            raise InvalidArgument(
+                field, f"{length} characters", f"are more than {self.max_characters}"
+            )
+
+    async def aside(self, length: int, work: Callable[[], T]) -> T:
+        """`work` on so many characters, off the event loop where others would notice. So few at once
+        that their memory is bounded."""
+        if length <= LONG_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with what the tokenizer puts around one (a leading BOS, say)."""

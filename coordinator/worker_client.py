@@ -10,7 +10,7 @@ import numpy as np
 
 from colrow.errors import FailedPrecondition, ServiceError, Unavailable
 from colrow.rpc import aio_channel, error_of
-from colrow.tls import Tls
+from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
@@ -22,6 +22,7 @@ _pb = shard_worker_service_pb2
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 60.0
+WHY_TIMEOUT_S = 0.5
 
 
 async def _answer(call: Awaitable[T]) -> T:
@@ -36,6 +37,7 @@ class WorkerClient:
 
     def __init__(self, address: str, tls: Tls | None = None) -> None:
         self.address = address
+        self._encrypted = tls is not None
         self._channel = aio_channel(address, tls)
         self._stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(self._channel)
         self._steps: Any = None
@@ -49,9 +51,19 @@ class WorkerClient:
         except ServiceError as error:
             if error.code != "DEADLINE_EXCEEDED":
                 raise
+            why = await self._why_unreachable()
             raise Unavailable(
-                f"does not answer within {timeout_s:g} s", reason="WORKER_UNREACHABLE"
+                f"does not answer within {timeout_s:g} s{why}", reason="WORKER_UNREACHABLE"
             ) from error
+
+    async def _why_unreachable(self) -> str:
+        """A call that waits does not tell what it waited for; one that does not wait does."""
+        try:
+            await self._stub.Describe(_pb.DescribeRequest(), timeout=WHY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            why = explain(error.details() or "", encrypted=self._encrypted)
+            return f": {why}" if why else ""
+        return ""
 
     async def join(
         self,

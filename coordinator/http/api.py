@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -45,9 +45,8 @@ from coordinator.http.schema import (
 )
 from coordinator.http.stream import EventStream, all_outputs, events, first_of, until_gone
 from coordinator.request import Output
-from coordinator.tokenizer import Tokenizer
+from coordinator.tokenizer import Tokenizer, chat_length
 
-LONG_TEXT = 8192  # characters; tokenizing less takes a few milliseconds at most
 MAX_REQUEST_ID_LENGTH = 128
 TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 REQUEST_ID = "colrow.request_id"  # in the scope of a request
@@ -77,8 +76,6 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     }
 }
 
-T = TypeVar("T")
-
 
 def _json(answer: BaseModel) -> Response:
     return Response(
@@ -93,11 +90,6 @@ def _fields_named(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ServiceError as error:
         raise http_error(error, names) from error
-
-
-async def _off_the_loop(length: int, work: Callable[[], T]) -> T:
-    """`work` in a thread, where it is about so much that others would notice."""
-    return await asyncio.to_thread(work) if length > LONG_TEXT else work()
 
 
 class Api:
@@ -220,6 +212,8 @@ class Api:
             return [Prompt(tuple(prompt)) for prompt in asked.prompt if isinstance(prompt, list)]
         tokenizer = self._tokenizer("prompt")
         special = asked.add_special_tokens is not False
+        for text in texts:
+            tokenizer.check_length("prompt", len(text))
 
         def encode() -> list[Prompt]:
             return [
@@ -227,7 +221,7 @@ class Api:
                 for text in texts
             ]
 
-        return await _off_the_loop(sum(map(len, texts)), encode)
+        return await tokenizer.aside(sum(map(len, texts)), encode)
 
     async def _chat_ids(
         self, asked: ChatRequest | TokenizeRequest, *, add_special_tokens: bool
@@ -237,9 +231,11 @@ class Api:
         tokenizer = self._tokenizer("messages")
         options = chat_options(asked, add_special_tokens=add_special_tokens)
         messages = chat_messages(asked.messages)
+        length = chat_length(messages)
+        tokenizer.check_length("messages", length)
         try:
-            ids = await _off_the_loop(
-                sum(len(message.content) for message in messages),
+            ids = await tokenizer.aside(
+                length,
                 lambda: tokenizer.encode_chat(messages, options),
             )
         except ValueError as error:
@@ -273,7 +269,8 @@ class Api:
             ids = await self._chat_ids(asked, add_special_tokens=bool(asked.add_special_tokens))
         else:
             text, special = asked.prompt, asked.add_special_tokens is not False
-            ids = await _off_the_loop(
+            tokenizer.check_length("prompt", len(text))
+            ids = await tokenizer.aside(
                 len(text), lambda: tuple(tokenizer.encode(text, add_special_tokens=special))
             )
         return _json(
@@ -295,7 +292,7 @@ class Api:
         for token in asked.tokens:
             if not 0 <= token < vocab_size:
                 raise InvalidArgument("tokens", token, f"the vocabulary has {vocab_size} ids")
-        text = await _off_the_loop(
+        text = await tokenizer.aside(
             len(asked.tokens), lambda: tokenizer.decode(asked.tokens, skip_special_tokens=False)
         )
         return _json(Text(prompt=text))

@@ -36,6 +36,20 @@ def is_loopback(host: str) -> bool:
         return bare == "localhost"
 
 
+def explain(message: str, *, encrypted: bool) -> str:
+    """What keeps a client and a server apart, by gRPC's account of it; "" where it is not TLS."""
+    if "WRONG_VERSION_NUMBER" in message:
+        return "it does not speak TLS"
+    if "CERTIFICATE_VERIFY_FAILED" in message:
+        return "its certificate is of no CA in our ca.crt, is no server's, or has expired"
+    if "Hostname Verification" in message or "Peer name" in message:
+        return "its certificate is not for this name"
+    if "Socket closed" in message:
+        may = "ask for a certificate of its CA" if encrypted else "speak TLS"
+        return f"it closes the connection; it may {may}"
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Tls:
     """One side of a connection, in PEM form: whom it trusts, and who it is."""

@@ -1,6 +1,7 @@
 """The HTTP API over an engine that follows a script: what is refused, and how; who leaves, and when."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -27,15 +28,17 @@ from colrow.errors import (
     InvalidArgument,
     ResourceExhausted,
     ServiceError,
+    Unauthenticated,
     Unavailable,
 )
 from coordinator.cluster import Cluster, State
 from coordinator.config import parse
+from coordinator.http.access import Authorize
 from coordinator.http.body import MAX_BODY_BYTES
-from coordinator.http.server import HttpServer, build
+from coordinator.http.server import MAX_HEAD_BYTES, HttpServer, build
 from coordinator.request import ModelLimits, Output, Request, Usage
 from coordinator.sequence import FinishReason, TokenLogprobs
-from coordinator.tokenizer import Tokenizer
+from coordinator.tokenizer import MAX_TEXT_CHARACTERS, Tokenizer
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
 
@@ -185,7 +188,11 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    tokenizer: Tokenizer | None = None, *, bare: bool = False, max_running: int = 4
+    tokenizer: Tokenizer | None = None,
+    *,
+    bare: bool = False,
+    max_running: int = 4,
+    authorize: Authorize | None = None,
 ) -> AsyncGenerator[Served, None]:
     """The API on a free port; `bare` without a tokenizer."""
     tokenizer = None if bare else tokenizer or byte_tokenizer()
@@ -208,7 +215,7 @@ async def serving(
         return f"# {accept}\n".encode(), "text/plain; version=0.0.4"
 
     cluster = FakeCluster()
-    server = HttpServer(build(cast(Cluster, cluster), render), stop_grace_s=1)
+    server = HttpServer(build(cast(Cluster, cluster), render, authorize), stop_grace_s=1)
     url = f"http://127.0.0.1:{server.bind('127.0.0.1', 0)}"
     await server.start()
     try:
@@ -777,6 +784,69 @@ async def test_a_long_text_does_not_hold_up_others(path: str) -> None:
             worst = max(worst, time.monotonic() - start)
         assert (await asking).status_code == (200 if path == "/tokenize" else 400)
         assert worst < 0.3
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize"])
+async def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(path: str) -> None:
+    tokenizer = byte_tokenizer()
+    async with serving(tokenizer) as served:
+        text = "x" * (MAX_TEXT_CHARACTERS + 1)
+        body = {"messages": [USER | {"content": text}]} if path == CHATS else {"prompt": text}
+        tokenizer.encode = None  # type: ignore[method-assign, assignment]
+        response = await served.post(path, body)
+        assert response.status_code == 400
+        error = error_of(response)
+        assert error["param"] == ("messages" if path == CHATS else "prompt")
+        assert f"are more than {MAX_TEXT_CHARACTERS}" in error["message"]
+
+
+async def test_headers_are_bounded(served: Served) -> None:
+    port = int(served.url.rpartition(":")[2])
+    for size, status in ((MAX_HEAD_BYTES // 2, b"200"), (2 * MAX_HEAD_BYTES, b"400")):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * size + b"\r\n\r\n")
+        assert (await reader.readline()).split()[1] == status
+        writer.close()
+    # Nor may they go on for ever.
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.suppress(ConnectionError):
+        writer.write(b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * MAX_HEAD_BYTES)
+        await writer.drain()
+    assert (await reader.readline()).split()[1] == b"400"
+    writer.close()
+    await served.complete()
+
+
+async def test_who_shows_no_right_key_is_told_so_before_the_body_is_read() -> None:
+    def authorize(called: str, authorization: str) -> None:
+        if authorization != "Bearer right":
+            raise Unauthenticated("no", reason="INVALID_API_KEY")
+
+    async with serving(authorize=authorize) as served:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}):
+            for path in (COMPLETIONS, CHATS, "/tokenize", "/detokenize", "/nothing"):
+                response = await served.post(path, b"no JSON", **headers)
+                assert response.status_code == 401
+                assert response.headers["www-authenticate"] == "Bearer"
+                error = error_of(response)
+                assert error["type"] == "invalid_request_error"
+                assert error["code"] == "invalid_api_key"
+            assert (await served.http.get("/v1/models", headers=headers)).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            await served.openai.models.list()
+        right = served.openai.with_options(api_key="right")
+        assert (await right.models.list()).data[0].id == MODEL
+        for path in ("/health", "/metrics", "/version", "/docs", "/openapi.json"):
+            assert (await served.http.get(path)).status_code == 200
+
+        # One that sends a large body all the same gets its answer, and the connection serves on.
+        large = b"x" * MAX_BODY_BYTES
+        for _ in range(2):
+            assert (await served.post(COMPLETIONS, large)).status_code == 401
+        assert (
+            await served.post(COMPLETIONS, b"", authorization="Bearer right")
+        ).status_code == 400
+        assert not served.engine.requests
 
 
 async def test_requests_have_ids_that_the_engine_and_the_answer_share(served: Served) -> None:

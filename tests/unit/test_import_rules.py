@@ -149,6 +149,32 @@ def test_no_module_of_a_service_reads_the_environment(package: str) -> None:
                 assert node.attr not in {"environ", "getenv"}, module
 
 
+RUNS_WHAT_IT_READS = {
+    *("pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"),
+    *("torch.load", "torch.save", "torch.jit", "torch.hub", "torch.package", "runpy"),
+}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__", "all_gather_object", "broadcast_object_list"}
+
+
+@pytest.mark.parametrize("package", ["coordinator", "shard_worker", "client", "protos/colrow"])
+def test_nothing_that_is_read_or_received_is_run(package: str) -> None:
+    """No pickle, no code of a model: checkpoints are safetensors, configs JSON, templates sandboxed."""
+    for module, path in modules(package).items():
+        if module == "client.child":  # starts a service of ours by its name
+            continue
+        for name in imports(path):
+            assert not any(uses(name, other) for other in RUNS_WHAT_IT_READS), (module, name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                dotted = ast.unparse(node)
+                assert dotted not in RUNS_WHAT_IT_READS, (module, dotted)
+                assert node.attr not in RUNS_TEXT - {"compile"}, (module, dotted)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in RUNS_TEXT, (module, node.func.id)
+            elif isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", module
+
+
 def loaded(*names: str) -> set[str]:
     """The modules, by name, that a fresh process has once it has imported these."""
     script = f"import {', '.join(names)}, sys; print(*sys.modules)"
