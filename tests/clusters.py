@@ -38,7 +38,7 @@ class Service:
             if found := re.search(r"listening on \S+:(\d+)", self.log.read_text()):
                 self.port = int(found.group(1))
                 # It is logged before the other, by those that have one.
-                if http := re.search(r"HTTP API at http://\S+:(\d+)", self.log.read_text()):
+                if http := re.search(r"HTTP API at https?://\S+:(\d+)", self.log.read_text()):
                     self.http_port = int(http.group(1))
                 return
             if self.process.poll() is not None:

@@ -1,6 +1,7 @@
 """Folders of certificates: what `colrow certs` makes, and what is refused when one is read."""
 
 import re
+import ssl
 import stat
 from collections.abc import Callable
 from datetime import timedelta
@@ -162,7 +163,9 @@ def test_every_folder_that_is_made_can_be_read(cluster: Path) -> None:
     for folder in (cluster / "coordinator", cluster / "workers/localhost"):
         own = tls.read_server(folder, "tls", client_certificates=True)
         assert own.ca and own.certificate and own.key
-        assert own.server_context(client_certificates=True)
+        context = own.server_context(client_certificates=True)
+        assert context.verify_mode is ssl.CERT_REQUIRED
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_2
         assert tls.read_peer(folder, "worker_tls") == own
     assert tls.read_user(cluster / "users/user").key
 
