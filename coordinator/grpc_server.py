@@ -56,6 +56,13 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 metadata={"field": "model", "value": model, "served": served},
             )
 
+    def _check_context(self, tokens: _inference_pb.TokenIds) -> None:
+        """The engine would say so too, but only once all of them are Python's: there may be millions."""
+        if len(tokens.ids) > (context := self._cluster.context_length):
+            raise InvalidArgument(
+                "prompt", f"{len(tokens.ids)} tokens", f"the context holds {context}"
+            )
+
     async def _aside(
         self,
         request: _inference_pb.GenerateRequest | _inference_pb.TokenizeRequest,
@@ -75,6 +82,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         request_id = request.request_id or uuid.uuid4().hex
         trace = _trace(context)
         tokenizer = self._cluster.model.tokenizer
+        self._check_context(request.token_ids)
         asked = await self._aside(
             request, lambda: convert.generate_request(request, request_id, tokenizer, trace)
         )
@@ -90,6 +98,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> _inference_pb.ScoreResponse:
         self._check_model(request.model)
         engine = self._cluster.engine
+        for sequence in request.sequences:
+            self._check_context(sequence)
         requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
         for one in requests:
             engine.check(one)
@@ -135,11 +145,16 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> _inference_pb.DetokenizeResponse:
         self._check_model(request.model)
         tokenizer = convert.need(self._cluster.model.tokenizer)
+        tokenizer.check_length("token_ids", len(request.token_ids), "tokens")
         vocab_size = self._cluster.model.spec.vocab_size
         for token in request.token_ids:
             if token >= vocab_size:
                 raise InvalidArgument("token_ids", token, f"the vocabulary has {vocab_size} ids")
-        text = tokenizer.decode(request.token_ids, skip_special_tokens=request.skip_special_tokens)
+        skip = request.skip_special_tokens
+        text = await tokenizer.aside(
+            len(request.token_ids),
+            lambda: tokenizer.decode(request.token_ids, skip_special_tokens=skip),
+        )
         return _inference_pb.DetokenizeResponse(text=text)
 
     async def GetModel(

@@ -137,12 +137,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def check_length(self, field: str, length: int) -> None:
-        """InvalidArgument of `field` where a text has too many characters to be looked at."""
+    def check_length(self, field: str, length: int, of: str = "characters") -> None:
+        """InvalidArgument of `field` where it has too many characters or tokens to be looked at."""
         if length > self.max_characters:
-            raise InvalidArgument(
-                field, f"{length} characters", f"are more than {self.max_characters}"
-            )
+            raise InvalidArgument(field, f"{length} {of}", f"are more than {self.max_characters}")
 
     async def aside(self, length: int, work: Callable[[], T]) -> T:
         """`work` on so many characters, off the event loop where others would notice. So few at once

@@ -500,10 +500,14 @@ def test_streams_that_nobody_reads_do_not_pile_up(secured: Secured) -> None:
 def test_an_answer_that_nobody_reads_is_finished_and_waits_for_its_reader(
     secured: Secured,
 ) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 240, "n": 16, "logprobs": 20, "stream": True}
-    connection = http.client.HTTPSConnection(
-        "127.0.0.1", secured.coordinator.http_port, timeout=60, context=secured.https()
-    )
+    body = {"prompt": PROMPT, "max_tokens": 240, "n": 64, "logprobs": 20, "stream": True}
+    # A small window, or the system would hold much of the answer for the reader.
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    narrow.settimeout(60)
+    narrow.connect(("127.0.0.1", secured.coordinator.http_port))
+    connection = http.client.HTTPConnection("127.0.0.1")
+    connection.sock = secured.https().wrap_socket(narrow, server_hostname="127.0.0.1")
     headers = {"Authorization": f"Bearer {secured.key}", "Content-Type": "application/json"}
     with secured.connect() as colrow:
         done = colrow.cluster().scheduler.steps + 240
@@ -517,7 +521,7 @@ def test_an_answer_that_nobody_reads_is_finished_and_waits_for_its_reader(
     connection.close()
     assert content.endswith(b"data: [DONE]\n\n")
     # What waited were the tokens of each continuation, together, and not an event for each of them.
-    assert 16 < content.count(b"data: ") < 16 * 240 / 2
+    assert 64 < content.count(b"data: ") < 64 * 240 / 2
 
 
 def test_binding_wider_is_warned_of_loudly_by_both_services(secured: Secured) -> None:
