@@ -22,6 +22,8 @@ class WorkerConfig:
     device: str
     cuda_graphs: bool
     num_threads: int
+    peer_timeout_s: float
+    """How long a collective waits for the other ranks."""
     lease_s: float
     log_level: str
     log_format: str
@@ -43,7 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
     parser.add_argument("--port", type=int, default=50061, help="port to listen on; 0 takes any")
     parser.add_argument(
         "--advertise-host",
-        help="address under which other workers reach this one (default: --host)",
+        help="address or name under which workers on other hosts reach this one; activations are "
+        "exchanged there (default: --host)",
     )
     parser.add_argument(
         "--device",
@@ -61,6 +64,13 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         type=int,
         default=1,
         help="CPU threads for computing; with one worker a core, 1",
+    )
+    parser.add_argument(
+        "--peer-timeout",
+        type=float,
+        default=10.0,
+        help="seconds to wait within a step for what another worker computes, before it is lost; "
+        "between GPUs the coordinator's --step-timeout counts",
     )
     parser.add_argument(
         "--lease",
@@ -103,6 +113,8 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         parser.error(f"--port {flags.port}: is not in [0, 65535]")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", flags.device):
         parser.error(f"--device {flags.device}: is none of cpu, cuda, cuda:N")
+    if not 0 < flags.peer_timeout < float("inf"):
+        parser.error(f"--peer-timeout {flags.peer_timeout}: is no time")
     if flags.threads < 1:
         parser.error(f"--threads {flags.threads}: is not positive")
     if not 0 < flags.lease < float("inf"):
@@ -110,10 +122,11 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
     return WorkerConfig(
         host=flags.host,
         port=flags.port,
-        advertise_host=flags.advertise_host or flags.host,
+        advertise_host=flags.advertise_host or flags.host.strip("[]"),
         device=flags.device,
         cuda_graphs=flags.cuda_graphs,
         num_threads=flags.threads,
+        peer_timeout_s=flags.peer_timeout,
         lease_s=flags.lease,
         log_level=flags.log_level,
         log_format=flags.log_format,

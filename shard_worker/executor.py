@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import enum
 import gc
+import ipaddress
 import logging
 import os
 import socket
@@ -251,16 +252,28 @@ class Executor:
             case "shm":
                 return ShmCommunicator.create_id()
             case "gloo":
-                communicator_id, self._store = GlooCommunicator.create_store(
-                    self._config.advertise_host
-                )
+                communicator_id, self._store = GlooCommunicator.create_store(self._data_address())
                 return communicator_id
             case "nccl":
-                communicator_id, self._store = NcclCommunicator.create_id(
-                    self._config.advertise_host
-                )
+                communicator_id, self._store = NcclCommunicator.create_id(self._data_address())
                 return communicator_id
         raise InvalidArgument("transport", transport, "is none of single, shm, gloo, nccl")
+
+    def _data_address(self) -> str:
+        """Where Gloo listens, and nowhere else, and what other hosts call. InvalidArgument for none."""
+        address = self._config.advertise_host
+        try:
+            is_wildcard = ipaddress.ip_address(address).is_unspecified
+        except ValueError:  # a name
+            is_wildcard = False
+        if is_wildcard:
+            raise InvalidArgument(
+                "advertise_host",
+                address,
+                "is no address at which workers on other hosts reach this one; start it with "
+                "--advertise-host",
+            )
+        return address
 
     async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> None:
         """Joins the other ranks of `group`; weights of the same rank and size stay in memory."""
@@ -315,6 +328,7 @@ class Executor:
                     group.rank,
                     group.size,
                     timeout_s=timeout_s,
+                    op_timeout_s=self._config.peer_timeout_s,
                     abandoned=abandoned,
                 )
             case "gloo":
@@ -324,7 +338,8 @@ class Executor:
                     group.size,
                     timeout_s=timeout_s,
                     store=store,
-                    interface_host=self._config.advertise_host,
+                    interface_host=self._data_address(),
+                    op_timeout_s=self._config.peer_timeout_s,
                     abandoned=abandoned,
                 )
             case "nccl":
@@ -337,7 +352,7 @@ class Executor:
                     device=self._device,
                     timeout_s=timeout_s,
                     store=store,
-                    interface_host=self._config.advertise_host,
+                    interface_host=self._data_address(),
                     abandoned=abandoned,
                 )
         raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo, nccl")

@@ -83,6 +83,8 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
             try:
                 async for request in request_iterator:
                     step = self._executor.execute(request.epoch, convert.step(request))
+                    # A stream that has ended asks for no results; none of them is a fault to report.
+                    step.add_done_callback(lambda done: done.cancelled() or done.exception())
                     results.put_nowait((request.epoch, step))
             except Exception as error:
                 results.put_nowait(error)

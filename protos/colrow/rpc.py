@@ -48,6 +48,8 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Its name may stand for another address by then, which gRPC would ask for twice a minute.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 
 

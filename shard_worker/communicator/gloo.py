@@ -15,6 +15,7 @@ Gloo's own collectives are not used:
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -53,6 +54,11 @@ _T = TypeVar("_T")
 _SEVER_TAG = 0
 _JOIN_POLL_S = 0.01
 _LAST_WORDS_S = 10 * _JOIN_POLL_S
+# TCP sends a lost connection request again after 1, 3, 7, 15 … s. Asked anew each second, a network
+# that heals is found within one.
+_KNOCK_TIMEOUT_S = 1.0
+# Between ranks that have all checked in, of which none has to start first.
+_CONNECT_TIMEOUT_S = 5.0
 _SHORTEST_WAIT = timedelta(milliseconds=1)  # Gloo takes zero for "the default"
 
 
@@ -157,18 +163,18 @@ class GlooCommunicator(Communicator):
         def rendezvous() -> ProcessGroupGloo:
             _check_in(store, rank, size, deadline, timeout_s, abandoned)
             # Connects to every peer, and gives up by this timeout.
-            options._timeout = _remaining(deadline)
+            options._timeout = min(_remaining(deadline), timedelta(seconds=_CONNECT_TIMEOUT_S))
             return ProcessGroupGloo(PrefixStore("mesh", store), rank, size, options)
 
         try:
-            group = _within(deadline, rendezvous)
+            group = _within(deadline, rendezvous, abandoned)
         except TimeoutError:
             # A store that no longer answers: its process hangs or the network is gone.
             raise CommunicatorTimeout("join", [0], timeout_s, "its store is silent") from None
         except CommunicatorError:
             raise
         except RuntimeError as error:
-            message = f"join: rank {rank} could not connect to all ranks: {error}"
+            message = f"join: rank {rank} could not connect to all ranks: {_said(error)}"
             raise CommunicatorError(message) from error
         communicator = cls(rank, size, group, store if rank == 0 else None, op_timeout_s)
         try:
@@ -274,8 +280,13 @@ class GlooCommunicator(Communicator):
             self.abort()
             if timed_out:
                 raise CommunicatorTimeout(op, sorted(missing), timeout_s) from None
-            raise CommunicatorError(f"{op}: lost rank {peer}: {error}") from error
+            raise CommunicatorError(f"{op}: lost rank {peer}: {_said(error)}") from error
         return parts
+
+
+def _said(error: RuntimeError) -> str:
+    """Gloo's words without the place in its source before them and its advice after them."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error)).partition(". This is typically")[0]
 
 
 def _unfinished(pending: dict[int, Callable[[timedelta], bool]]) -> set[int]:
@@ -340,7 +351,8 @@ def _connect_store(
         check_wanted(abandoned)
         left_s = _seconds_to(deadline)
         try:
-            socket.create_connection((host, port), timeout=max(left_s, 0.001)).close()
+            knock_s = min(max(left_s, 0.001), _KNOCK_TIMEOUT_S)
+            socket.create_connection((host, port), timeout=knock_s).close()
             break
         except OSError as error:
             if _seconds_to(deadline) <= _JOIN_POLL_S:
@@ -354,14 +366,14 @@ def _connect_store(
         )
 
     try:
-        return _within(deadline, connect)
+        return _within(deadline, connect, abandoned)
     except (RuntimeError, TimeoutError) as error:
         detail = f"what listens at {host}:{port} is not its store"
         raise CommunicatorTimeout("join", [0], timeout_s, detail) from error
 
 
-def _within(deadline: float, function: Callable[[], _T]) -> _T:
-    """function(), or TimeoutError half a second past the deadline.
+def _within(deadline: float, function: Callable[[], _T], abandoned: threading.Event | None) -> _T:
+    """function(), or TimeoutError half a second past the deadline, or CommunicatorAborted.
 
     For calls into torch that have a timeout and yet wait for some answers without one. Such a call
     can't be stopped; it is left behind in a daemon thread.
@@ -377,7 +389,10 @@ def _within(deadline: float, function: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=call, name="gloo-join", daemon=True)
     thread.start()
-    thread.join(max(_seconds_to(deadline), 0.0) + 0.5)
+    while thread.is_alive() and _seconds_to(deadline) > -0.5:
+        thread.join(_JOIN_POLL_S)
+        if thread.is_alive():
+            check_wanted(abandoned)
     if errors:
         raise errors[0]
     if not results:
