@@ -31,6 +31,7 @@ class Service:
     log: Path
     port: int = 0
     http_port: int = 0
+    host: str = "127.0.0.1"
 
     def wait_for_port(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -48,7 +49,7 @@ class Service:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def stop(self) -> int:
         """SIGTERM, and the exit code; a process that hangs is killed and fails the test."""
