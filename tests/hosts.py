@@ -24,6 +24,9 @@ CHILD = Path(client.__file__).with_name("child.py")
 NEEDED = ("ip", "nsenter", "unshare", "mount")
 SWITCH = "switch"
 UP = "ip link set lo up && echo up && exec cat"
+PORTS = range(40_000, 40_500)
+"""That hosts take where any will do."""
+RANGE = "ip_local_port_range"
 
 
 def missing() -> str:
@@ -158,7 +161,8 @@ def network(*names: str) -> Iterator[list[Host]]:
                     (
                         f"mount -t tmpfs tmpfs /dev/shm && hostname {name}",
                         f"printf '127.0.0.1 localhost\\n{names_file}' > /dev/shm/hosts",
-                        f"mount --bind /dev/shm/hosts /etc/hosts && {UP}",
+                        "mount --bind /dev/shm/hosts /etc/hosts",
+                        f"echo {PORTS.start} {PORTS.stop - 1} > /proc/sys/net/ipv4/{RANGE} && {UP}",
                     )
                 )
                 namespaces = ("--net", "--uts", "--ipc", "--mount")

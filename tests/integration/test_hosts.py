@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from client import Colrow
 from colrow.v1 import control_service_pb2, shard_worker_service_pb2
 from tests import checkpoints
 from tests.clusters import Service, wait_until_serving
-from tests.hosts import Host, missing, network
+from tests.hosts import PORTS, Host, missing, network
 
 pytestmark = [
     pytest.mark.timeout(90),
@@ -147,6 +148,20 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield cluster
 
 
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Where anybody on a process's host listens: addresses of IPv4, and ports."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = row.split()
+            if state == "0A":
+                address, _, port = local.partition(":")
+                # Of an IPv6 socket that takes IPv4 too, the last of four numbers is the address.
+                number = bytes.fromhex(address)[-4:]
+                found.add((socket.inet_ntoa(number[::-1]), int(port, 16)))
+    return found
+
+
 def test_workers_of_several_hosts_give_the_tokens_of_one(
     cluster: Cluster, asked: list[Asked]
 ) -> None:
@@ -155,6 +170,13 @@ def test_workers_of_several_hosts_give_the_tokens_of_one(
     workers = [worker.description for worker in cluster.client.cluster().workers]
     assert {worker.transport for worker in workers} == {GLOO}
     assert len({worker.host_id for worker in workers}) == 3
+    # Also for activations: at the address that was advertised and no other, on ports that a firewall
+    # can be told of.
+    for host, worker in zip(cluster.worker_hosts, cluster.workers, strict=True):
+        places = listening(worker.process.pid)
+        assert len(places) > 1
+        assert {address for address, _ in places} == {host.address}
+        assert all(port in PORTS for _, port in places)
 
 
 @dataclass(frozen=True)
@@ -283,10 +305,7 @@ def test_two_workers_cut_off_from_each_other_are_found_by_the_peer_timeout_and_n
 def test_a_coordinator_cut_off_from_its_clients_alone_goes_on_and_they_get_all_of_it_later(
     cluster: Cluster, asked: list[Asked]
 ) -> None:
-    def ended() -> int:
-        return cluster.log.count("request ended")
-
-    epoch, before = cluster.client.cluster().epoch, ended()
+    epoch = cluster.client.cluster().epoch
     cut = threading.Event()
 
     def cut_now() -> None:
@@ -300,10 +319,8 @@ def test_a_coordinator_cut_off_from_its_clients_alone_goes_on_and_they_get_all_o
         ]
         assert cut.wait(20)
         try:
-            deadline = time.monotonic() + 20
-            while ended() < before + NUM_STREAMS:  # computed, though nobody can be told
-                assert time.monotonic() < deadline, cluster.log
-                time.sleep(0.05)
+            # Longer than a heartbeat may take, shorter than the 5 s after which a client gives up.
+            time.sleep(DETECTION_S)
             assert not any(stream.done() for stream in streams)
         finally:
             rejoin(cluster.coordinator_host, cluster.here)
@@ -324,7 +341,7 @@ def without(*discipline: str) -> str:
 
 
 DELAY_S = 0.01
-RATE_BITS_PER_S = 1e6
+RATE_BITS_PER_S = 2e6
 SLOW = {
     "delay": ("netem", "delay", f"{DELAY_S}s"),
     "rate": ("tbf", "rate", f"{RATE_BITS_PER_S:.0f}bit", "burst", "2000", "latency", "400ms"),
