@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024  # of one call, as gRPC counts it: 32 bytes an entry come on top
 
+LIVENESS = "liveness"
+"""A name for health checks: SERVING as long as the process answers, ready or not."""
+
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -196,9 +199,11 @@ def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., A
 class Server:
     """A gRPC server with the contract's standard services; the caller adds its own servicers.
 
-    `grpc_server` takes the servicers, then `start` binds and serves. Health is NOT_SERVING until
-    `set_serving(True)`. Without `tls` anyone may read what travels; with `client_certificates` only
-    those are heard whose certificate is of a CA in `tls`.
+    `grpc_server` takes the servicers, then `start` binds and serves. Health, of the whole server ("")
+    and of each of its services, is NOT_SERVING until `set_serving(True)`: that is readiness. The name
+    `liveness` is SERVING from the start: who waits for others is not to be killed for it. Without `tls`
+    anyone may read what travels; with `client_certificates` only those are heard whose certificate is
+    of a CA in `tls`.
     """
 
     def __init__(
@@ -231,6 +236,7 @@ class Server:
     async def start(self, address: str) -> int:
         """Binds `host:port` and serves; returns the port. InvalidArgument where it can't bind."""
         await self.set_serving(False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         try:
             if self._tls is None:
                 port = self.grpc_server.add_insecure_port(address)
