@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -37,8 +38,8 @@ CUT_AT = 15  # tokens of the first stream
 
 DETECTION_S = 2.5  # a heartbeat's timeout and the pause between two
 PEER_TIMEOUT_S = 4.0  # given to the workers here; 10 s by default
-SLACK_S = 0.5  # of two shared cores
-HEALED_S = 8.0  # what recovery may take on them once the network is whole
+SLACK_S = 1.5  # of cores that others use too
+HEALED_S = 8.0  # what recovery may take once the network is whole
 
 SERVING = control_service_pb2.CLUSTER_STATE_SERVING
 RECOVERING = control_service_pb2.CLUSTER_STATE_RECOVERING
@@ -295,7 +296,8 @@ def test_two_workers_cut_off_from_each_other_are_found_by_the_peer_timeout_and_n
     outage = outlive(cluster, asked, lambda: isolate(*hosts), lambda: rejoin(*hosts), lasting_s=4.0)
     report(capsys, f"workers {ranks[0]} and {ranks[1]} cut off from each other", outage)
     assert outage.tokens == [tokens for _, tokens in asked]
-    assert any(f"rank {rank}" in outage.error for rank in ranks), outage.error
+    # "rank 1", or "ranks 1, 2" where a third one waits for both.
+    assert re.search(rf"ranks? [\d, ]*({ranks[0]}|{ranks[1]})\b", outage.error), outage.error
     assert outage.health == health_pb2.HealthCheckResponse.NOT_SERVING
     assert outage.detected_s < PEER_TIMEOUT_S + SLACK_S
     # TCP alone would ask for the lost connection again 3 s later.
