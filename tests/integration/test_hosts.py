@@ -109,6 +109,7 @@ def start_worker(host: Host, port: int, *flags: str) -> Service:
 def running(folder: Path, *worker_flags: str, num_workers: int = 2) -> Iterator[Cluster]:
     """A cluster on hosts of its own; no process of it outlives this, whatever fails."""
     services: list[Service] = []
+    workers: list[Service] = []  # which a test may replace
     names = [f"worker{rank}" for rank in range(num_workers)]
     with network("coordinator", *names) as (coordinator_host, *worker_hosts, here):
         try:
@@ -126,7 +127,7 @@ def running(folder: Path, *worker_flags: str, num_workers: int = 2) -> Iterator[
                 *("--workers", ",".join(addresses)),
                 *("--grpc-port", "0", "--http-port", "0"),
             )
-            workers = list(services)
+            workers += services
             services.append(coordinator)
             coordinator.wait_for_port()
             with Colrow(coordinator.address) as client:
@@ -135,7 +136,7 @@ def running(folder: Path, *worker_flags: str, num_workers: int = 2) -> Iterator[
             for service in (coordinator, *workers):
                 assert service.stop() == 0, service.log.read_text()
         finally:
-            for service in services:
+            for service in (*services, *(w for w in workers if w not in services)):
                 if service.process.poll() is None:
                     service.process.kill()
                     service.process.wait()
