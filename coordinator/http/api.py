@@ -120,6 +120,7 @@ class Api:
         post("/tokenize", response_model=Tokens)(self.tokenize)
         post("/detokenize", response_model=Text)(self.detokenize)
         get("/health", response_model=Health)(self.health)
+        get("/live", response_model=Health)(self.live)
         get("/version", response_model=Version)(self.version)
         get("/metrics", response_class=Response)(self.metrics)
         return router
@@ -301,13 +302,17 @@ class Api:
         return _json(Text(prompt=text))
 
     async def health(self) -> Response:
-        """200 while the cluster serves, 503 with its state else."""
+        """Readiness: 200 while the cluster serves, with all its ranks, 503 with its state else."""
         state = self._cluster.state
         if state is not State.SERVING:
             raise Unavailable(
                 f"the cluster is {state.value}", reason="NOT_SERVING", retry_after_s=1.0
             )
         return _json(Health(status=state.value))
+
+    async def live(self) -> Response:
+        """Liveness: 200 with the cluster's state whatever that is, as long as the process answers."""
+        return _json(Health(status=self._cluster.state.value))
 
     async def version(self) -> Response:
         return _json(Version(version=__version__))

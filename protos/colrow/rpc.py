@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
+LIVENESS = "liveness"
+"""A name for health checks: SERVING as long as the process answers, ready or not."""
+
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -168,8 +171,9 @@ def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., A
 class Server:
     """A gRPC server with the contract's standard services; the caller adds its own servicers.
 
-    `grpc_server` takes the servicers, then `start` binds and serves. Health is NOT_SERVING until
-    `set_serving(True)`.
+    `grpc_server` takes the servicers, then `start` binds and serves. Health, of the whole server ("")
+    and of each of its services, is NOT_SERVING until `set_serving(True)`: that is readiness. The name
+    `liveness` is SERVING from the start: who waits for others is not to be killed for it.
     """
 
     def __init__(self, service_names: Sequence[str]) -> None:
@@ -193,6 +197,7 @@ class Server:
     async def start(self, address: str) -> int:
         """Binds `host:port` and serves; returns the port. InvalidArgument where it can't bind."""
         await self.set_serving(False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         try:
             port = self.grpc_server.add_insecure_port(address)
         except RuntimeError as error:

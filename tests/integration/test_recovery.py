@@ -1,30 +1,27 @@
 """A worker that dies, hangs or comes back: requests go on, with the text that they would have had."""
 
-import contextlib
 import math
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import psutil
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from client import Colrow
 from client.grpc_client import TokenLogprobs
 from colrow.errors import Unavailable
 from colrow.v1 import control_service_pb2
 from tests import checkpoints
-from tests.clusters import Service, start, start_coordinator, wait_until_serving
+from tests.clusters import start, start_coordinator, wait_until_serving
+from tests.supervised import Supervisor, health, running
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -32,86 +29,6 @@ VOCAB_SIZE = 331
 DETECTION_S = 2.5  # a heartbeat's timeout and the pause between two
 PROMPT = [5, 17, 200]
 NUM_TOKENS = 200
-
-
-class Supervisor:
-    """Workers on fixed ports, each started again as soon as it ends, as containers are."""
-
-    def __init__(self, count: int) -> None:
-        self.workers = [
-            start(f"worker{rank}", "shard_worker", "--port", "0") for rank in range(count)
-        ]
-        for worker in self.workers:
-            worker.wait_for_port()
-        self.restarts = True
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    @property
-    def addresses(self) -> list[str]:
-        return [worker.address for worker in self.workers]
-
-    def _watch(self) -> None:
-        while not self._stopping.wait(0.02):
-            for rank, worker in enumerate(self.workers):
-                if worker.process.poll() is not None and self.restarts:
-                    again = start(f"worker{rank}", "shard_worker", "--port", str(worker.port))
-                    again.port = worker.port
-                    worker.log.unlink()
-                    self.workers[rank] = again
-
-    def signal(self, rank: int, number: int) -> None:
-        self.workers[rank].process.send_signal(number)
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-        for worker in self.workers:
-            worker.process.send_signal(signal.SIGCONT)
-            worker.stop()
-            worker.log.unlink()
-
-
-@dataclass
-class Cluster:
-    supervisor: Supervisor
-    coordinator: Service
-    client: Colrow
-
-    @property
-    def epoch(self) -> int:
-        return self.client.cluster().epoch
-
-    def wait_for_epoch(self, epoch: int, timeout_s: float = 30.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            state = self.client.cluster()
-            if state.epoch >= epoch and state.state == control_service_pb2.CLUSTER_STATE_SERVING:
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"epoch {epoch} not within {timeout_s} s:\n{self.log}")
-
-    @property
-    def log(self) -> str:
-        return self.coordinator.log.read_text()
-
-
-@contextlib.contextmanager
-def running(folder: Path, tp: int = 2, *flags: str) -> Iterator[Cluster]:
-    """A cluster of its own, whose processes may be killed."""
-    supervisor = Supervisor(tp)
-    try:
-        coordinator = start_coordinator(folder, supervisor.addresses, *flags)
-        try:
-            with Colrow(coordinator.address) as client:
-                wait_until_serving(coordinator, client)
-                yield Cluster(supervisor, coordinator, client)
-        finally:
-            assert coordinator.stop() == 0, coordinator.log.read_text()
-            coordinator.log.unlink()
-    finally:
-        supervisor.stop()
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[int]:
     return checkpoints.greedy(checkpoints.oracle(folder), PROMPT, NUM_TOKENS)
-
-
-def health(address: str) -> int:
-    with grpc.insecure_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest()
-        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -655,6 +655,8 @@ async def test_while_the_cluster_does_not_serve_only_what_needs_it_is_unavailabl
         assert response.headers["retry-after"] == "1"
     for path in ("/v1/models", "/version", "/metrics", "/openapi.json"):
         assert (await served.http.get(path)).status_code == 200
+    # Who kills what is not alive must not kill what waits for a worker.
+    assert (await served.http.get("/live")).json() == {"status": "loading"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
