@@ -28,6 +28,7 @@ from coordinator.scheduler import Scheduler
 from coordinator.shard_group import TAKEN, ShardGroup, WorkerDescription
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
+from coordinator.worker_status import Phase
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +104,14 @@ class Cluster:
         self.model = model
         self.group = group
         self.state = State.CONNECTING
+        self.state_since = time.monotonic()
         self.error = ""
         self.plan: ShardPlan | None = None
         self.scheduler: Scheduler | None = None
         self.engine_or_none: Engine | None = None
         self._observer = observer
         self.num_recoveries = 0
+        self.last_recovery_s = 0.0
         self.is_draining = False
         self._limits: ModelLimits | None = None
         self._num_blocks = 0
@@ -199,6 +202,12 @@ class Cluster:
         self.num_recoveries += 1
         self.error = str(error)
         log.error("epoch %d ended: %s", self.group.epoch, error)
+        for status in self.group.statuses:
+            log.warning(
+                "worker %d (%s) is %s, its last completed step %d%s",
+                *(status.rank, status.address, status.phase.value, status.last_step_id),
+                f"; {status.error}" if status.phase is Phase.LOST else "",
+            )
         self._set_state(State.RECOVERING)
         giving_up = asyncio.get_running_loop().call_later(
             self.config.recovery_timeout_s, self._give_requests_up, engine
@@ -206,6 +215,7 @@ class Cluster:
         try:
             while True:
                 await self.group.abort()
+                self._notify()
                 try:
                     await self._form(RECOVERY_ATTEMPT_S)
                     break
@@ -219,7 +229,8 @@ class Cluster:
         finally:
             giving_up.cancel()
         self.error = ""
-        log.info("epoch %d goes on after %.2f s", self.group.epoch, time.monotonic() - began)
+        self.last_recovery_s = time.monotonic() - began
+        log.info("epoch %d goes on after %.2f s", self.group.epoch, self.last_recovery_s)
 
     def _give_requests_up(self, engine: Engine) -> None:
         limit = self.config.recovery_timeout_s
@@ -236,6 +247,7 @@ class Cluster:
         """Joins the workers, in a new epoch, and has them loaded and ready for step 1."""
         assert self.plan is not None
         await self.group.describe(timeout_s)
+        self._notify()
         self.group.check_versions()
         if self.group.epoch:
             self.group.check_not_taken()
@@ -342,7 +354,8 @@ class Cluster:
             await self.engine_or_none.idle()
 
     def _set_state(self, state: State) -> None:
-        self.state = state
+        if state is not self.state:
+            self.state, self.state_since = state, time.monotonic()
         log.info("the cluster is %s", state.value)
         self._notify()
 

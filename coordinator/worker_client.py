@@ -13,8 +13,14 @@ from colrow.rpc import CHANNEL_OPTIONS, error_of
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
-from coordinator.shard_group import LoadProgress, Partial, StepAnswer, WorkerDescription
+from coordinator.shard_group import Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
+from coordinator.worker_status import (
+    STREAM_ENDED,
+    UNREACHABLE,
+    LoadProgress,
+    WorkerDescription,
+)
 
 _pb = shard_worker_service_pb2
 
@@ -49,7 +55,7 @@ class WorkerClient:
             if error.code != "DEADLINE_EXCEEDED":
                 raise
             raise Unavailable(
-                f"does not answer within {timeout_s:g} s", reason="WORKER_UNREACHABLE"
+                f"does not answer within {timeout_s:g} s", reason=UNREACHABLE
             ) from error
 
     async def join(
@@ -154,7 +160,7 @@ class WorkerClient:
             return error_of(error)
         except asyncio.InvalidStateError:
             pass
-        return Unavailable("the step stream ended", reason="STREAM_ENDED")
+        return Unavailable("the step stream ended", reason=STREAM_ENDED)
 
     async def close(self) -> None:
         if self._steps is not None:

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.timeout(180)
 
 VOCAB_SIZE = 331
 DETECTION_S = 2.5  # a heartbeat's timeout and the pause between two
+SERVING = control_service_pb2.WORKER_PHASE_SERVING
+LOST = control_service_pb2.WORKER_PHASE_LOST
 PROMPT = [5, 17, 200]
 NUM_TOKENS = 200
 
@@ -65,6 +67,11 @@ def test_a_stream_goes_on_when_a_worker_is_killed_and_only_that_one_loads_again(
         assert headers < 100_000 < read[victim][1], "the survivor reads headers only"
         assert not read[victim][0]
         assert f"worker {victim}" in cluster.log
+        assert (after.recoveries, 0 < after.last_recovery_s < 30) == (1, True)
+        assert [worker.phase for worker in after.workers] == [SERVING] * 2
+        counts = [(worker.losses, worker.restarts) for worker in after.workers]
+        assert counts[survivor] == (0, 0)
+        assert counts[victim] == (1, 1)
         assert (after.scheduler.kv_blocks_used, after.error) == (0, "")
 
 
@@ -84,6 +91,15 @@ def test_a_worker_that_hangs_is_found_in_time_and_goes_on_where_it_wakes(
                 assert time.monotonic() - hung < DETECTION_S + 1.0
                 assert lost.state == control_service_pb2.CLUSTER_STATE_RECOVERING
                 assert "worker 1" in lost.error
+                # Which rank it is, in which phase and after which step it went.
+                first, second = lost.workers
+                assert (first.phase, second.phase) == (SERVING, LOST)
+                step = second.last_step_id
+                assert 18 <= step <= first.last_step_id
+                assert f"serving after step {step}: does not answer within 2 s" in second.error
+                assert second.losses == 1
+                assert 2.0 < second.heard_age_s < DETECTION_S + 1.0
+                assert f"is lost, its last completed step {step}; serving after" in cluster.log
                 assert (
                     health(cluster.coordinator.address)
                     == health_pb2.HealthCheckResponse.NOT_SERVING
