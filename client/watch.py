@@ -133,10 +133,15 @@ class Meter:
 
 
 class Follower:
-    """Puts updates of the coordinator at `target` in a queue, from a thread of its own."""
+    """Puts updates of the coordinator at `target` in a queue, from a thread of its own.
 
-    def __init__(self, target: str, interval_s: float) -> None:
+    With `asks_workers` those of a cluster that serves have what the workers hold and have communicated
+    by now, which costs a call to each.
+    """
+
+    def __init__(self, target: str, interval_s: float, *, asks_workers: bool = True) -> None:
         self.target = target
+        self._asks_workers = asks_workers
         self.updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         self._interval_s = interval_s
         self._stopped = threading.Event()
@@ -164,8 +169,8 @@ class Follower:
         for cluster in colrow.watch(interval_s=self._interval_s):
             if self._stopped.is_set():
                 return
-            if cluster.state == control_service_pb2.CLUSTER_STATE_SERVING:
-                # WatchCluster does not ask the workers what they hold and have communicated.
+            serves = cluster.state == control_service_pb2.CLUSTER_STATE_SERVING
+            if serves and self._asks_workers:
                 cluster = colrow.cluster()
             self.updates.put(Update(time.monotonic(), cluster))
 

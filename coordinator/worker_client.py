@@ -124,7 +124,15 @@ class WorkerClient:
         if self._steps is not None:
             self._steps.cancel()
             self._steps = None
-        await _answer(self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s))
+        call = self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s)
+        try:
+            await _answer(call)
+        except ServiceError as error:
+            if error.code != "DEADLINE_EXCEEDED":
+                raise
+            raise Unavailable(
+                f"does not leave the group within {timeout_s:g} s", reason=UNREACHABLE
+            ) from error
 
     def open_steps(self, epoch: int) -> None:
         """Opens the stream that carries the steps of one epoch."""

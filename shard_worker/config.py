@@ -20,6 +20,7 @@ class WorkerConfig:
     cuda_graphs: bool
     num_threads: int
     lease_s: float
+    abort_timeout_s: float
     log_level: str
     log_format: str
     port_file: Path | None = None
@@ -63,6 +64,13 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         help="seconds without a call of a coordinator after which weights and cache are freed",
     )
     parser.add_argument(
+        "--abort-timeout",
+        type=float,
+        default=20.0,
+        help="seconds after an abort in which the device has to end what it runs; a worker whose "
+        "device hangs ends itself then",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     parser.add_argument(
@@ -78,8 +86,10 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         parser.error(f"--device {flags.device}: is none of cpu, cuda, cuda:N")
     if flags.threads < 1:
         parser.error(f"--threads {flags.threads}: is not positive")
-    if not 0 < flags.lease < float("inf"):
-        parser.error(f"--lease {flags.lease}: is no time")
+    for name in ("lease", "abort_timeout"):
+        value = getattr(flags, name)
+        if not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {value}: is no time")
     return WorkerConfig(
         host=flags.host,
         port=flags.port,
@@ -88,6 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         cuda_graphs=flags.cuda_graphs,
         num_threads=flags.threads,
         lease_s=flags.lease,
+        abort_timeout_s=flags.abort_timeout,
         log_level=flags.log_level,
         log_format=flags.log_format,
         port_file=flags.port_file,

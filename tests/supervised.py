@@ -19,16 +19,20 @@ from tests.clusters import Service, start, start_coordinator, wait_until_serving
 class Supervisor:
     """Workers on fixed ports, each started again as soon as it ends, as containers are."""
 
-    def __init__(self, count: int) -> None:
-        self.workers = [
-            start(f"worker{rank}", "shard_worker", "--port", "0") for rank in range(count)
-        ]
+    def __init__(self, count: int, *arguments: str, module: str = "shard_worker") -> None:
+        self._module, self._arguments = module, arguments
+        self.exit_codes: list[int] = []  # of those that were started again
+        self.last_words = ""  # of the last of them
+        self.workers = [self._start(rank, 0) for rank in range(count)]
         for worker in self.workers:
             worker.wait_for_port()
         self.restarts = True
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
+
+    def _start(self, rank: int, port: int) -> Service:
+        return start(f"worker{rank}", self._module, *self._arguments, "--port", str(port))
 
     @property
     def addresses(self) -> list[str]:
@@ -38,7 +42,9 @@ class Supervisor:
         while not self._stopping.wait(0.02):
             for rank, worker in enumerate(self.workers):
                 if worker.process.poll() is not None and self.restarts:
-                    again = start(f"worker{rank}", "shard_worker", "--port", str(worker.port))
+                    self.exit_codes.append(worker.process.returncode)
+                    self.last_words = worker.log.read_text()
+                    again = self._start(rank, worker.port)
                     again.port = worker.port
                     worker.log.unlink()
                     self.workers[rank] = again
@@ -80,9 +86,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path, tp: int = 2, *flags: str) -> Iterator[Cluster]:
-    """A cluster of its own, whose processes may be killed."""
-    supervisor = Supervisor(tp)
+def running(
+    folder: Path, tp: int = 2, *flags: str, supervisor: Supervisor | None = None
+) -> Iterator[Cluster]:
+    """A cluster of its own, whose processes may be killed; the supervisor is stopped in the end."""
+    supervisor = supervisor or Supervisor(tp)
     try:
         coordinator = start_coordinator(folder, supervisor.addresses, *flags)
         try:

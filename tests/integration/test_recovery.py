@@ -109,6 +109,68 @@ def test_a_worker_that_hangs_is_found_in_time_and_goes_on_where_it_wakes(
         states.close()
 
 
+def test_a_worker_whose_device_thread_hangs_is_named_and_ends_itself_in_its_time(
+    folder: Path, expected: list[int], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "hang"
+    supervisor = Supervisor(2, str(trigger), "--abort-timeout", "3", module="tests.hanging_worker")
+    with running(folder, 2, "--step-timeout", "1", supervisor=supervisor) as cluster:
+        before = [worker.description.pid for worker in cluster.client.cluster().workers]
+        tokens: list[int] = []
+        for piece in cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, temperature=0):
+            tokens += piece.token_ids
+            if len(tokens) == 20:
+                trigger.touch()
+                hung = time.monotonic()
+        took_s = time.monotonic() - hung
+        assert tokens == expected
+        # A second for the step, three for the device to heed the abort, and the start of a process.
+        assert 4 < took_s < 40
+        assert supervisor.exit_codes == [70]
+        assert "the device thread hangs: 3 s after an abort" in supervisor.last_words
+        assert "hanging_worker.py" in supervisor.last_words, "it says where"
+        workers = cluster.client.cluster().workers
+        (victim,) = (
+            w.rank for w, pid in zip(workers, before, strict=True) if w.description.pid != pid
+        )
+        assert "no answer to step" in workers[1 - victim].error, cluster.log
+        assert f"worker {victim} (" in cluster.log
+        assert "does not leave the group within 2 s" in cluster.log
+
+
+def test_a_worker_whose_device_thread_hangs_ends_on_sigterm_too(
+    tmp_path: Path, folder: Path
+) -> None:
+    trigger = tmp_path / "hang"
+    workers = [
+        start(
+            f"worker{rank}",
+            "tests.hanging_worker",
+            *(str(trigger), "--abort-timeout", "1", "--port", "0"),
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.wait_for_port()
+    coordinator = start_coordinator(folder, [worker.address for worker in workers])
+    try:
+        with Colrow(coordinator.address) as client:
+            wait_until_serving(coordinator, client)
+            stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, temperature=0)
+            next(stream)
+            trigger.touch()
+            while trigger.exists():
+                time.sleep(0.01)
+    finally:
+        coordinator.process.kill()
+        coordinator.process.wait()
+        coordinator.log.unlink()
+        codes = sorted(worker.stop() for worker in workers)
+        for worker in workers:
+            worker.log.unlink()
+    assert codes == [0, 70]
+
+
 def test_an_idle_cluster_finds_a_dead_worker_too_and_takes_requests_meanwhile(
     folder: Path, expected: list[int]
 ) -> None:
