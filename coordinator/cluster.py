@@ -6,7 +6,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from coordinator.scheduler import Scheduler
 from coordinator.shard_group import TAKEN, ShardGroup, WorkerDescription
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
-from coordinator.worker_status import Phase
+from coordinator.worker_status import Phase, WorkerDescription
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,8 @@ class Cluster:
         self._limits: ModelLimits | None = None
         self._num_blocks = 0
         self._changed = asyncio.Event()
+        self._num_calls = 0
+        self._call_ended = asyncio.Event()
 
     @property
     def engine(self) -> Engine:
@@ -136,6 +138,21 @@ class Cluster:
                 retry_after_s=1.0,
             )
         return self.engine_or_none
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Engine]:
+        """Around all that one call of a user does with the engine; Unavailable as `engine` raises it.
+
+        A drain lets it finish. A call is more than a request: those of a batch start one after the
+        other.
+        """
+        engine = self.engine
+        self._num_calls += 1
+        try:
+            yield engine
+        finally:
+            self._num_calls -= 1
+            self._call_ended.set()
 
     @property
     def context_length(self) -> int:
@@ -346,12 +363,13 @@ class Cluster:
         return max(description.memory_available_bytes - kept, 0)
 
     async def drain(self) -> None:
-        """Takes no new requests from now on; returns when those that run have ended."""
+        """Takes no new calls from now on; returns when those that run have ended."""
         self.is_draining = True
         if self.state is State.SERVING:
             self._set_state(State.DRAINING)
-        if self.engine_or_none is not None:
-            await self.engine_or_none.idle()
+        while self._num_calls:
+            self._call_ended.clear()
+            await self._call_ended.wait()
 
     def _set_state(self, state: State) -> None:
         if state is not self.state:

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -203,6 +203,10 @@ async def serving(
             if self.state is not State.SERVING:
                 raise Unavailable(f"the cluster is {self.state.value}", reason="NOT_SERVING")
             return script
+
+        @contextmanager
+        def call(self) -> Iterator[Script]:
+            yield self.engine
 
     async def render(accept: str) -> tuple[bytes, str]:
         return f"# {accept}\n".encode(), "text/plain; version=0.0.4"
