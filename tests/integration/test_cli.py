@@ -544,11 +544,14 @@ def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     assert re.search(r"state +serving", shown)
     assert re.search(r"transport +shared memory", shown)
     assert "What each rank owns" in shown
+    assert re.search(r"^ +1 +serving for \S+ \S+ +0\.\d s ago ", shown, re.MULTILINE)
     cluster = json.loads(colrow("status", "--json", "--target", target).stdout)
     assert cluster["state"] == "serving"
     planned = [rank["weight_bytes"] for rank in cluster["plan"]["ranks"]]
     assert planned == [worker["description"]["weight_bytes"] for worker in cluster["workers"]]
     assert planned == [136_761_984, 132_338_304]
+    assert [worker["phase"] for worker in cluster["workers"]] == ["serving", "serving"]
+    assert [worker["losses"] for worker in cluster["workers"]] == [0, 0]
 
 
 def test_status_by_layer_adds_up(colrow: Colrow, target: str) -> None:
