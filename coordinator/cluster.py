@@ -25,7 +25,7 @@ from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import TAKEN, ShardGroup, WorkerDescription
+from coordinator.shard_group import TAKEN, ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
 from coordinator.worker_status import Phase, WorkerDescription
