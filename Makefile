@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test soak lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ run: setup  ## a coordinator and two shard workers on CPU answer a question
 
 test: setup  ## the whole suite
 	@$(BIN)/python -m pytest
+
+soak: setup  ## ten minutes of mixed load and kills: nothing fails, memory is steady
+	@$(BIN)/python benchmarks/soak.py --minutes 10
 
 lint: setup  ## formatting, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

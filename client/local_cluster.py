@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -28,6 +28,7 @@ from typing import NoReturn, Self
 from client.endpoint import Endpoint
 from client.errors import ClusterError
 from client.grpc_client import Colrow
+from client.watch import Follower, Update
 from colrow.errors import ServiceError
 from colrow.v1 import control_service_pb2
 from coordinator.api_keys import add_key
@@ -44,6 +45,9 @@ POLL_S = 0.02
 LAST_LINES = 10
 MAX_FAILURES = 5  # of one worker within the window; then it is not started again
 FAILURE_WINDOW_S = 60.0
+HUNG_AFTER_S = 5.0  # that the coordinator has lost a worker whose process is there
+WATCH_INTERVAL_S = 1.0
+NEWS_HOLD_S = 3.0  # how long what the coordinator said last is taken for true
 
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -60,6 +64,7 @@ class Process:
     popen: subprocess.Popen[bytes]
     log: Path
     port_file: Path
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def pid(self) -> int:
@@ -165,6 +170,9 @@ class LocalCluster:
         self._worker_ports: list[int] = []
         self._ends: dict[int, list[float]] = {}  # of workers by rank: when they ended
         self._restart_at: dict[int, float | None] = {}
+        self._follower: Follower | None = None  # of the coordinator, while workers are supervised
+        self._news: Update | None = None
+        self._listening: dict[int, float] = {}  # by pid: since when
         self._temporary_folder: Path | None = None
         self._failed = False
 
@@ -317,10 +325,11 @@ class LocalCluster:
     def supervise(self) -> list[str]:
         """Starts workers again that have ended, where the coordinator looks for them; what was done.
 
-        The first time at once, then after longer and longer pauses. To be called all the time. Raises
+        One that hangs is killed first: the coordinator has lost it, and its process is there. Started
+        the first time at once, then after longer and longer pauses. To be called all the time. Raises
         ClusterError, with its last words, when the coordinator has ended or a worker does not stay up.
         """
-        done = []
+        done = self._kill_hung_workers()
         now = time.monotonic()
         for rank, process in enumerate(self.processes[: self.tp]):
             if process.popen.poll() is None:
@@ -347,6 +356,36 @@ class LocalCluster:
             if process.popen.poll() is not None:
                 self.check()
         return done
+
+    def _kill_hung_workers(self) -> list[str]:
+        if self._follower is None:
+            self._follower = Follower(self.endpoint, WATCH_INTERVAL_S, asks_workers=False)
+            self._follower.start()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._news = self._follower.updates.get_nowait()
+        now = time.monotonic()
+        news = self._news
+        if news is None or news.cluster is None or now - news.at > NEWS_HOLD_S:
+            return []
+        done = []
+        for worker in news.cluster.workers:
+            process = self.processes[worker.rank]
+            if worker.phase != control_service_pb2.WORKER_PHASE_LOST:
+                continue
+            # One that has only just been started again is lost until the coordinator finds it.
+            lost_s = min(now - news.at + worker.phase_age_s, self._listens_for_s(process, now))
+            if process.popen.poll() is None and lost_s > HUNG_AFTER_S:
+                process.popen.kill()
+                process.popen.wait()
+                done.append(f"{process.name} hangs ({worker.error}) and is killed")
+        return done
+
+    def _listens_for_s(self, process: Process, now: float) -> float:
+        """How long a process has been there to be called; not yet, while it may still be starting."""
+        if process.port() is None:
+            return now - process.started_at - START_TIMEOUT_S
+        return now - self._listening.setdefault(process.pid, now)
 
     def wait_until_serving(
         self, timeout_s: float, on_cluster: OnCluster | None = None
@@ -417,6 +456,9 @@ class LocalCluster:
                 assert process.popen.stdin is not None
                 process.popen.stdin.close()
             self.processes.clear()
+            if self._follower is not None:
+                self._follower.stop()
+                self._follower = None
             if self._temporary_folder is not None and not self._failed:
                 shutil.rmtree(self._temporary_folder, ignore_errors=True)
                 self._temporary_folder = self.log_folder = None

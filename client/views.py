@@ -206,6 +206,7 @@ def status_tables(cluster: control_service_pb2.Cluster, *, by_module: bool = Fal
     tables = [_cluster_table(cluster)]
     if cluster.HasField("plan"):
         tables.append(rank_table("What each rank owns", rank_rows(cluster.plan)))
+    tables.append(workers_table(cluster))
     tables.append(held_table(cluster))
     if any(worker.description.communication for worker in cluster.workers):
         tables.append(communication_table(cluster))
@@ -220,7 +221,7 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
     table.add_column()
     state = enum_name(control_service_pb2.ClusterState.DESCRIPTOR, cluster.state)
     style = {"serving": "green", "failed": "red"}.get(state, "yellow")
-    table.add_row("state", f"[{style}]{state}[/{style}]")
+    table.add_row("state", f"[{style}]{state}[/{style}] for {duration(cluster.state_age_s)}")
     if cluster.error:
         table.add_row("error", escape(cluster.error))
     plan, scheduler = cluster.plan, cluster.scheduler
@@ -228,7 +229,11 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
     if cluster.HasField("plan"):
         model += f" ({plan.architecture}, {data_type_name(plan)}, {num_ranks(plan.tp_size)})"
     table.add_row("model", model)
-    table.add_row("epoch", str(cluster.epoch))
+    recovered = ""
+    if cluster.recoveries:
+        took = f"{cluster.last_recovery_s:.1f} s"
+        recovered = f"; formed anew {cluster.recoveries} times, in {took} the last time"
+    table.add_row("epoch", f"{cluster.epoch}{recovered}")
     table.add_row("transport", transport_name(cluster))
     table.add_row("version", cluster.version)
     if cluster.HasField("scheduler"):
@@ -250,6 +255,41 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
             f"{scheduler.generated_tokens:,} generated, {scheduler.preemptions:,} preemptions",
         )
     return table
+
+
+def workers_table(cluster: control_service_pb2.Cluster) -> Table:
+    """How far each worker is, and what went wrong with it."""
+    table = new_table("How each worker is", "rank", "phase", "last heard of")
+    for column in ("last step", "losses", "restarts"):
+        table.add_column(column, justify="right")
+    table.add_column("last error")
+    for worker in cluster.workers:
+        heard = worker.HasField("heard_age_s")
+        error = f"{worker.error} ({duration(worker.error_age_s)} ago)" if worker.error else ""
+        table.add_row(
+            str(worker.rank),
+            f"{phase_name(worker)} for {duration(worker.phase_age_s)}",
+            f"{duration(worker.heard_age_s)} ago" if heard else "never",
+            f"{worker.last_step_id:,}",
+            str(worker.losses),
+            str(worker.restarts),
+            escape(error),
+        )
+    return table
+
+
+def phase_name(worker: control_service_pb2.WorkerStatus) -> str:
+    return enum_name(control_service_pb2.WorkerPhase.DESCRIPTOR, worker.phase)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits: 0.4 s, 12 s, 3 min, 5 h, 2 d."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for size, unit, least in ((86400, "d", 172800), (3600, "h", 7200), (60, "min", 120)):
+        if seconds >= least:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def held_table(cluster: control_service_pb2.Cluster) -> Table:

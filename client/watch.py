@@ -23,16 +23,24 @@ from rich.text import Text
 
 from client.endpoint import Endpoint
 from client.grpc_client import Colrow
-from client.views import communicated, enum_name, message_data, new_table, num_ranks
+from client.views import (
+    communicated,
+    duration,
+    enum_name,
+    message_data,
+    new_table,
+    num_ranks,
+    phase_name,
+)
 from colrow.errors import ServiceError
-from colrow.v1 import control_service_pb2, shard_worker_service_pb2
+from colrow.v1 import control_service_pb2
 
 RETRY_S = 1.0
 TICK_S = 0.5  # how often the live view says how old it is
 BAR_WIDTH = 40
 
 _STATES = control_service_pb2.ClusterState.DESCRIPTOR
-_WORKER_STATES = shard_worker_service_pb2.WorkerState.DESCRIPTOR
+_LOST = control_service_pb2.WORKER_PHASE_LOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +134,15 @@ class Meter:
 
 
 class Follower:
-    """Puts updates of a coordinator in a queue, from a thread of its own."""
+    """Puts updates of a coordinator in a queue, from a thread of its own.
 
-    def __init__(self, endpoint: Endpoint, interval_s: float) -> None:
+    With `asks_workers` those of a cluster that serves have what the workers hold and have communicated
+    by now, which costs a call to each.
+    """
+
+    def __init__(self, endpoint: Endpoint, interval_s: float, *, asks_workers: bool = True) -> None:
         self._endpoint = endpoint
+        self._asks_workers = asks_workers
         self.updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         self._interval_s = interval_s
         self._stopped = threading.Event()
@@ -157,8 +170,8 @@ class Follower:
         for cluster in colrow.watch(interval_s=self._interval_s):
             if self._stopped.is_set():
                 return
-            if cluster.state == control_service_pb2.CLUSTER_STATE_SERVING:
-                # WatchCluster does not ask the workers what they hold and have communicated.
+            serves = cluster.state == control_service_pb2.CLUSTER_STATE_SERVING
+            if serves and self._asks_workers:
                 cluster = colrow.cluster()
             self.updates.put(Update(time.monotonic(), cluster))
 
@@ -255,6 +268,11 @@ def update_line(target: str, update: Update, measured: Rates | None) -> str:
     parts = [update.state]
     if cluster.error:
         parts.append(cluster.error)
+    parts += [
+        f"worker {worker.rank} lost for {duration(worker.phase_age_s)}"
+        for worker in cluster.workers
+        if worker.phase == _LOST
+    ]
     if cluster.HasField("scheduler"):
         scheduler = cluster.scheduler
         parts.append(f"{scheduler.running} running, {scheduler.waiting} waiting")
@@ -373,23 +391,27 @@ def _scheduler_grid(
 
 
 def _ranks_table(cluster: control_service_pb2.Cluster, measured: Rates | None) -> Table:
-    table = new_table("", "rank", "state")
-    for column in ("last step", "busy", "communicated"):
+    table = new_table("", "rank", "phase")
+    for column in ("last step", "busy", "communicated", "restarts"):
         table.add_column(column, justify="right")
+    table.add_column("last error")
     by_rank = {rank.rank: rank for rank in measured.ranks} if measured else {}
     for worker in cluster.workers:
-        known = worker.HasField("description")
         rank = by_rank.get(worker.rank)
         loading = worker.bytes_to_read and worker.bytes_read < worker.bytes_to_read
-        state = enum_name(_WORKER_STATES, worker.description.state) if known else "no answer yet"
-        if loading and cluster.state == control_service_pb2.CLUSTER_STATE_LOADING:
-            state += f" {worker.bytes_read / worker.bytes_to_read:.0%}"
+        phase = phase_name(worker)
+        if loading and worker.phase == control_service_pb2.WORKER_PHASE_LOADING:
+            phase += f" {worker.bytes_read / worker.bytes_to_read:.0%}"
+        elif worker.phase != control_service_pb2.WORKER_PHASE_SERVING:
+            phase += f" for {duration(worker.phase_age_s)}"
         table.add_row(
             str(worker.rank),
-            state,
+            Text(phase, style="red" if worker.phase == _LOST else ""),
             f"{worker.last_step_id:,}",
             f"{rank.busy:.0%}" if rank else "",
             f"{rank.communicated_bytes_per_s / 2**20:,.1f} MiB/s" if rank else "",
+            str(worker.restarts),
+            escape(f"{worker.error} ({duration(worker.error_age_s)} ago)" if worker.error else ""),
         )
     return table
 

@@ -6,7 +6,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import TAKEN, ShardGroup, WorkerDescription
+from coordinator.shard_group import TAKEN, ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan
 from coordinator.tokenizer import Tokenizer
+from coordinator.worker_status import Phase, WorkerDescription
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +109,20 @@ class Cluster:
         self.model = model
         self.group = group
         self.state = State.CONNECTING
+        self.state_since = time.monotonic()
         self.error = ""
         self.plan: ShardPlan | None = None
         self.scheduler: Scheduler | None = None
         self.engine_or_none: Engine | None = None
         self._observer = observer
         self.num_recoveries = 0
+        self.last_recovery_s = 0.0
         self.is_draining = False
         self._limits: ModelLimits | None = None
         self._num_blocks = 0
         self._changed = asyncio.Event()
+        self._num_calls = 0
+        self._call_ended = asyncio.Event()
 
     @property
     def engine(self) -> Engine:
@@ -138,6 +143,21 @@ class Cluster:
                 retry_after_s=1.0,
             )
         return self.engine_or_none
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Engine]:
+        """Around all that one call of a user does with the engine; Unavailable as `engine` raises it.
+
+        A drain lets it finish. A call is more than a request: those of a batch start one after the
+        other.
+        """
+        engine = self.engine
+        self._num_calls += 1
+        try:
+            yield engine
+        finally:
+            self._num_calls -= 1
+            self._call_ended.set()
 
     @property
     def context_length(self) -> int:
@@ -204,6 +224,12 @@ class Cluster:
         self.num_recoveries += 1
         self.error = str(error)
         log.error("epoch %d ended: %s", self.group.epoch, error)
+        for status in self.group.statuses:
+            log.warning(
+                "worker %d (%s) is %s, its last completed step %d%s",
+                *(status.rank, status.address, status.phase.value, status.last_step_id),
+                f"; {status.error}" if status.phase is Phase.LOST else "",
+            )
         self._set_state(State.RECOVERING)
         giving_up = asyncio.get_running_loop().call_later(
             self.config.recovery_timeout_s, self._give_requests_up, engine
@@ -211,6 +237,7 @@ class Cluster:
         try:
             while True:
                 await self.group.abort()
+                self._notify()
                 try:
                     await self._form(RECOVERY_ATTEMPT_S)
                     break
@@ -224,7 +251,8 @@ class Cluster:
         finally:
             giving_up.cancel()
         self.error = ""
-        log.info("epoch %d goes on after %.2f s", self.group.epoch, time.monotonic() - began)
+        self.last_recovery_s = time.monotonic() - began
+        log.info("epoch %d goes on after %.2f s", self.group.epoch, self.last_recovery_s)
 
     def _give_requests_up(self, engine: Engine) -> None:
         limit = self.config.recovery_timeout_s
@@ -241,6 +269,7 @@ class Cluster:
         """Joins the workers, in a new epoch, and has them loaded and ready for step 1."""
         assert self.plan is not None
         await self.group.describe(timeout_s)
+        self._notify()
         self.group.check_versions()
         if self.group.epoch:
             self.group.check_not_taken()
@@ -339,15 +368,17 @@ class Cluster:
         return max(description.memory_available_bytes - kept, 0)
 
     async def drain(self) -> None:
-        """Takes no new requests from now on; returns when those that run have ended."""
+        """Takes no new calls from now on; returns when those that run have ended."""
         self.is_draining = True
         if self.state is State.SERVING:
             self._set_state(State.DRAINING)
-        if self.engine_or_none is not None:
-            await self.engine_or_none.idle()
+        while self._num_calls:
+            self._call_ended.clear()
+            await self._call_ended.wait()
 
     def _set_state(self, state: State) -> None:
-        self.state = state
+        if state is not self.state:
+            self.state, self.state_since = state, time.monotonic()
         log.info("the cluster is %s", state.value)
         self._notify()
 

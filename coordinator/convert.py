@@ -1,5 +1,6 @@
 """Between the contract's messages and the coordinator's own types; protobuf stops here."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -23,15 +24,10 @@ from coordinator.request import Output, Request, SamplingRequest
 from coordinator.run_layer import LayerRun, ModuleRun
 from coordinator.scheduler import NewSequence, SequenceLogprobs, Step, StepOutput
 from coordinator.sequence import FinishReason, TokenLogprobs
-from coordinator.shard_group import (
-    OpStats,
-    Partial,
-    StepAnswer,
-    WorkerDescription,
-    WorkerStatus,
-)
+from coordinator.shard_group import Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
 from coordinator.tokenizer import ChatMessage, Tokenizer, chat_length
+from coordinator.worker_status import OpStats, Phase, WorkerDescription, WorkerStatus
 
 _worker_pb = shard_worker_service_pb2
 _control_pb = control_service_pb2
@@ -86,6 +82,15 @@ _WORKER_STATE_VALUES = {
     "ready": _worker_pb.WORKER_STATE_READY,
 }
 _WORKER_STATES = _inverse(_WORKER_STATE_VALUES)
+_PHASE_VALUES = {
+    Phase.CONNECTING: _control_pb.WORKER_PHASE_CONNECTING,
+    Phase.WAITING: _control_pb.WORKER_PHASE_WAITING,
+    Phase.JOINING: _control_pb.WORKER_PHASE_JOINING,
+    Phase.LOADING: _control_pb.WORKER_PHASE_LOADING,
+    Phase.ALLOCATING: _control_pb.WORKER_PHASE_ALLOCATING,
+    Phase.SERVING: _control_pb.WORKER_PHASE_SERVING,
+    Phase.LOST: _control_pb.WORKER_PHASE_LOST,
+}
 _STATE_VALUES = {
     State.CONNECTING: _control_pb.CLUSTER_STATE_CONNECTING,
     State.JOINING: _control_pb.CLUSTER_STATE_JOINING,
@@ -333,6 +338,7 @@ def _parameter_message(parameter: ParameterSpec) -> shard_plan_pb2.Parameter:
 
 
 def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
+    now = time.monotonic()
     message = _control_pb.Cluster(
         state=_STATE_VALUES[cluster.state],
         error=cluster.error,
@@ -340,7 +346,10 @@ def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
         model=cluster.config.served_model_name,
         version=__version__,
         transport=transport_value(cluster.group.transport),
-        workers=[_status_message(status) for status in cluster.group.statuses],
+        workers=[_status_message(status, now) for status in cluster.group.statuses],
+        state_age_s=now - cluster.state_since,
+        recoveries=cluster.num_recoveries,
+        last_recovery_s=cluster.last_recovery_s,
     )
     if cluster.plan is not None:
         message.plan.CopyFrom(plan_message(cluster.plan))
@@ -365,7 +374,7 @@ def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
     return message
 
 
-def _status_message(status: WorkerStatus) -> _control_pb.WorkerStatus:
+def _status_message(status: WorkerStatus, now: float) -> _control_pb.WorkerStatus:
     message = _control_pb.WorkerStatus(
         address=status.address,
         rank=status.rank,
@@ -373,6 +382,13 @@ def _status_message(status: WorkerStatus) -> _control_pb.WorkerStatus:
         bytes_to_read=status.progress.bytes_to_read,
         last_step_id=status.last_step_id,
         busy_us=status.busy_us,
+        phase=_PHASE_VALUES[status.phase],
+        phase_age_s=now - status.phase_since,
+        heard_age_s=None if status.heard_at is None else now - status.heard_at,
+        error=status.error,
+        error_age_s=now - status.error_at if status.error else 0.0,
+        losses=status.num_losses,
+        restarts=status.num_restarts,
     )
     if status.description is not None:
         message.description.CopyFrom(_description_message(status.description))

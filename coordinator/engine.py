@@ -91,7 +91,6 @@ class Engine:
         self._choices: dict[int, tuple[Choice, Stream]] = {}  # by sequence id
         self._ids = itertools.count(1)
         self._work = asyncio.Event()
-        self._ended = asyncio.Event()
         self._error: ServiceError | None = None
 
     async def run(self) -> None:
@@ -120,12 +119,6 @@ class Engine:
         for _, stream in self._choices.values():
             stream.error = error
             stream.ready.set()
-
-    async def idle(self) -> None:
-        """Returns when no request is left."""
-        while self._choices:
-            self._ended.clear()
-            await self._ended.wait()
 
     def _note_sent(self, step: Step) -> None:
         self._observer.step(sum([chunk.num_tokens for chunk in step.chunks]))
@@ -262,6 +255,5 @@ class Engine:
                 del self._choices[choice.sequence.sequence_id]
                 if choice.sequence.finish_reason is None:
                     self.scheduler.remove(choice.sequence)
-            self._ended.set()
             stream.record.ended = time.monotonic()
             self._observer.ended(stream.record)

@@ -78,46 +78,46 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: _inference_pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[_inference_pb.GenerateResponse]:
         self._check_model(request.model)
-        engine = self._cluster.engine
         request_id = request.request_id or uuid.uuid4().hex
         trace = _trace(context)
         tokenizer = self._cluster.model.tokenizer
-        self._check_context(request.token_ids)
-        asked = await self._aside(
-            request, lambda: convert.generate_request(request, request_id, tokenizer, trace)
-        )
-        outputs = engine.generate(asked)
-        try:
-            async for output in outputs:
-                yield convert.generate_response(request_id, output)
-        finally:
-            await outputs.aclose()
+        with self._cluster.call() as engine:
+            self._check_context(request.token_ids)
+            asked = await self._aside(
+                request, lambda: convert.generate_request(request, request_id, tokenizer, trace)
+            )
+            outputs = engine.generate(asked)
+            try:
+                async for output in outputs:
+                    yield convert.generate_response(request_id, output)
+            finally:
+                await outputs.aclose()
 
     async def Score(
         self, request: _inference_pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.ScoreResponse:
         self._check_model(request.model)
-        engine = self._cluster.engine
-        for sequence in request.sequences:
-            self._check_context(sequence)
-        requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
-        for one in requests:
-            engine.check(one)
-        # Not all at once: a batch should not fill the queue and turn others away.
-        turns = asyncio.Semaphore(self._cluster.config.max_running)
+        with self._cluster.call() as engine:
+            for sequence in request.sequences:
+                self._check_context(sequence)
+            requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
+            for one in requests:
+                engine.check(one)
+            # Not all at once: a batch should not fill the queue and turn others away.
+            turns = asyncio.Semaphore(self._cluster.config.max_running)
 
-        async def score(one: Request) -> _inference_pb.TokenScores:
-            async with turns:
-                async for output in engine.generate(one):
-                    return convert.token_scores(output.prompt_logprobs)
-            raise AssertionError("a request ends with an output")
+            async def score(one: Request) -> _inference_pb.TokenScores:
+                async with turns:
+                    async for output in engine.generate(one):
+                        return convert.token_scores(output.prompt_logprobs)
+                raise AssertionError("a request ends with an output")
 
-        tasks = [asyncio.create_task(score(one)) for one in requests]
-        try:
-            return _inference_pb.ScoreResponse(sequences=await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+            tasks = [asyncio.create_task(score(one)) for one in requests]
+            try:
+                return _inference_pb.ScoreResponse(sequences=await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
 
     async def Tokenize(
         self, request: _inference_pb.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -203,19 +203,19 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
     async def RunLayer(
         self, request: _control_pb.RunLayerRequest, context: grpc.aio.ServicerContext
     ) -> _control_pb.RunLayerResponse:
-        _ = self._cluster.engine  # Unavailable while the cluster does not serve
-        activation = None
-        if request.HasField("activation"):
-            activation = convert.array(request.activation, "activation")
-        layer_run = await run_layer.run(
-            self._cluster.model.spec,
-            self._cluster.group.compute_partial,
-            layer=request.layer if request.HasField("layer") else None,
-            module=request.module,
-            activation=activation,
-            num_tokens=request.num_tokens or 4,
-            seed=request.seed,
-        )
+        with self._cluster.call():  # Unavailable while the cluster does not serve
+            activation = None
+            if request.HasField("activation"):
+                activation = convert.array(request.activation, "activation")
+            layer_run = await run_layer.run(
+                self._cluster.model.spec,
+                self._cluster.group.compute_partial,
+                layer=request.layer if request.HasField("layer") else None,
+                module=request.module,
+                activation=activation,
+                num_tokens=request.num_tokens or 4,
+                seed=request.seed,
+            )
         response = convert.layer_response(layer_run)
         if response.ByteSize() > MAX_MESSAGE_BYTES:
             raise ResourceExhausted(

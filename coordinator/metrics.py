@@ -23,7 +23,7 @@ from colrow.errors import ServiceError
 from coordinator.cluster import Cluster, State
 from coordinator.request import Request, RequestRecord
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import WorkerDescription, WorkerStatus
+from coordinator.worker_status import Phase, WorkerDescription, WorkerStatus
 
 ASK_INTERVAL_S = 1.0
 """Workers are asked for their numbers at most this often, however many scrape."""
@@ -214,6 +214,11 @@ class Metrics:
         yield GaugeMetricFamily(
             "colrow_epoch", "Lives of the group of workers so far.", cluster.group.epoch
         )
+        yield CounterMetricFamily(
+            "colrow_recoveries",
+            "Times that the group was formed anew.",
+            cluster.num_recoveries,
+        )
         yield GaugeMetricFamily("colrow_tp_size", "Ranks of the group.", cluster.group.size)
         yield from self._of_workers(cluster.group.statuses)
 
@@ -301,16 +306,32 @@ class Metrics:
         busy = CounterMetricFamily(
             "colrow_worker_busy_seconds", "Time in which steps were executed.", labels=["rank"]
         )
+        phase = GaugeMetricFamily(
+            "colrow_worker_phase",
+            "1 for the phase that a worker is in.",
+            labels=["rank", "phase"],
+        )
+        losses = CounterMetricFamily(
+            "colrow_worker_losses", "Times that a worker did not answer any more.", labels=["rank"]
+        )
+        restarts = CounterMetricFamily(
+            "colrow_worker_restarts",
+            "Times that another process answered in a worker's place.",
+            labels=["rank"],
+        )
         described: list[tuple[str, WorkerDescription]] = []
         for status in statuses:
             rank, is_up = str(status.rank), status.rank in self._answering
             up.add_metric([rank], is_up)
             busy.add_metric([rank], status.busy_us / 1e6)
+            for each in Phase:
+                phase.add_metric([rank, each.value], each is status.phase)
+            losses.add_metric([rank], status.num_losses)
+            restarts.add_metric([rank], status.num_restarts)
             # Numbers of a worker that is gone would look as if it were there.
             if is_up and status.description is not None:
                 described.append((rank, status.description))
-        yield up
-        yield busy
+        yield from (up, phase, busy, losses, restarts)
         for name, field, documentation in (
             ("weight", "weight_bytes", "Weights that are held."),
             ("kv_cache", "kv_cache_bytes", "KV cache that is held."),

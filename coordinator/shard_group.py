@@ -23,6 +23,7 @@ from colrow.errors import (
 )
 from coordinator.scheduler import Step, StepOutput
 from coordinator.shard_plan import ShardPlan
+from coordinator.worker_status import LoadProgress, Phase, WorkerDescription, WorkerStatus
 
 log = logging.getLogger(__name__)
 
@@ -31,51 +32,6 @@ T = TypeVar("T")
 JOIN_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 0.5
 TAKEN = "WORKER_TAKEN"
-
-
-@dataclass(frozen=True, slots=True)
-class OpStats:
-    """Calls of one collective by one part of the model, and the bytes that a rank put into them."""
-
-    operation: str
-    module: str
-    calls: int
-    payload_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerDescription:
-    """What a worker says of itself; bytes everywhere."""
-
-    version: str
-    host_id: str
-    pid: int
-    device: str
-    memory_total_bytes: int
-    memory_available_bytes: int
-    state: str
-    epoch: int
-    rank: int
-    size: int
-    transport: str | None
-    weight_bytes: int
-    kv_cache_bytes: int
-    resident_bytes: int
-    file_bytes_read: int
-    communication: tuple[OpStats, ...]
-    supported_architectures: tuple[str, ...]
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device.startswith("cuda")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadProgress:
-    """How far one worker is with loading."""
-
-    bytes_read: int
-    bytes_to_read: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +51,6 @@ class Partial:
     output: np.ndarray
     combine: str
     columns: tuple[tuple[int, int], ...]
-
-
-@dataclass(slots=True)
-class WorkerStatus:
-    """A worker as the coordinator knows it."""
-
-    address: str
-    rank: int
-    description: WorkerDescription | None = None
-    progress: LoadProgress = LoadProgress(0, 0)
-    last_step_id: int = 0
-    busy_us: int = 0
-    """How long it has executed steps."""
 
 
 class Worker(Protocol):
@@ -168,10 +111,13 @@ class ShardGroup:
         """One call to every worker at a time; the first error, with who raised it."""
 
         async def guarded(rank: int, worker: Worker) -> T:
+            status = self.statuses[rank]
             try:
                 return await call(rank, worker)
             except ServiceError as error:
-                error.message = f"worker {rank} ({worker.address}): {error.message}"
+                where = status.where
+                status.failed(error)
+                error.message = f"{where}: {error.message}"
                 error.args = (error.message,)
                 error.metadata |= {"rank": str(rank), "worker": worker.address}
                 raise
@@ -186,12 +132,23 @@ class ShardGroup:
             for task in tasks:
                 task.cancel()
 
+    async def _in_phase(self, phase: Phase, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
+        """`_all`, with every worker in `phase` until it has answered."""
+
+        async def one(rank: int, worker: Worker) -> T:
+            self.statuses[rank].enter(phase)
+            answer = await call(rank, worker)
+            self.statuses[rank].enter(Phase.WAITING)
+            return answer
+
+        return await self._all(one)
+
     async def describe(self, timeout_s: float) -> list[WorkerDescription]:
         """What every worker says; also kept in `statuses`. Waits for those that still start."""
 
         async def one(rank: int, worker: Worker) -> WorkerDescription:
             description = await worker.describe(timeout_s)
-            self.statuses[rank].description = description
+            self.statuses[rank].heard(description)
             return description
 
         return await self._all(one)
@@ -201,7 +158,7 @@ class ShardGroup:
 
         async def one(rank: int, worker: Worker) -> None:
             try:
-                self.statuses[rank].description = await worker.describe(timeout_s)
+                self.statuses[rank].heard(await worker.describe(timeout_s))
             except ServiceError as error:
                 log.debug("worker %d (%s): %s", rank, worker.address, error)
 
@@ -217,7 +174,7 @@ class ShardGroup:
         async def one(rank: int, worker: Worker) -> None:
             while True:
                 description = await worker.describe(timeout_s)
-                self.statuses[rank].description = description
+                self.statuses[rank].heard(description)
                 self.check_not_taken()
                 if (description.epoch, description.size) != (self.epoch, self.size):
                     raise Unavailable("has left the group", reason="WORKER_LEFT")
@@ -297,7 +254,7 @@ class ShardGroup:
         communicator_id = b""
         if transport != "single":
             communicator_id = await one(0, self.workers[0], b"")
-        await self._all(lambda rank, worker: one(rank, worker, communicator_id))
+        await self._in_phase(Phase.JOINING, lambda rank, worker: one(rank, worker, communicator_id))
         self.epoch, self.transport = epoch, transport
 
     async def _leave_old_group(self, rank: int, worker: Worker) -> None:
@@ -332,7 +289,7 @@ class ShardGroup:
                 progress=progress,
             )
 
-        held = await self._all(one)
+        held = await self._in_phase(Phase.LOADING, one)
         for shard, num_bytes in zip(plan.ranks, held, strict=True):
             if num_bytes != shard.weight_bytes:
                 raise Internal(
@@ -342,16 +299,19 @@ class ShardGroup:
 
     async def allocate(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
         """Every worker allocates the KV cache; then steps can be sent."""
-        await self._all(
+        await self._in_phase(
+            Phase.ALLOCATING,
             lambda rank, worker: worker.allocate(
                 epoch=self.epoch,
                 num_blocks=num_blocks,
                 block_size=block_size,
                 max_model_len=max_model_len,
-            )
+            ),
         )
-        for worker in self.workers:
+        for worker, status in zip(self.workers, self.statuses, strict=True):
             worker.open_steps(self.epoch)
+            status.last_step_id = 0
+            status.enter(Phase.SERVING)
 
     async def send(self, step: Step) -> None:
         """Hands a step to every worker without waiting for its result."""
@@ -376,11 +336,14 @@ class ShardGroup:
                 results = await self._all(one)
         except TimeoutError as error:
             least = min(status.last_step_id for status in self.statuses)
-            late = [str(s.rank) for s in self.statuses if s.last_step_id == least]
+            late = [status for status in self.statuses if status.last_step_id == least]
+            problem = f"no answer to step {least + 1} within {self._step_timeout_s:g} s"
+            for status in late:
+                status.note(problem)
             raise DeadlineExceeded(
-                f"step {least + 1}: no answer from rank {', '.join(late)} within "
-                f"{self._step_timeout_s:g} s",
+                f"{' and '.join(status.where for status in late)}: {problem}",
                 reason="STEP_TIMEOUT",
+                metadata={"rank": ",".join(str(status.rank) for status in late)},
             ) from error
         first = results[0]
         for rank, output in enumerate(results):
@@ -404,10 +367,15 @@ class ShardGroup:
         """Ends the epoch on every worker that can be reached; weights stay loaded."""
 
         async def one(rank: int, worker: Worker) -> None:
+            status = self.statuses[rank]
             try:
                 await worker.abort(epoch=self.epoch, timeout_s=timeout_s)
             except ServiceError as error:
-                log.warning("worker %d (%s): abort: %s", rank, worker.address, error)
+                log.warning("%s: abort: %s", status.where, error)
+                status.failed(error)
+            else:
+                if status.phase is not Phase.CONNECTING:
+                    status.enter(Phase.WAITING)
 
         await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
 

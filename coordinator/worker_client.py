@@ -14,8 +14,14 @@ from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
-from coordinator.shard_group import LoadProgress, Partial, StepAnswer, WorkerDescription
+from coordinator.shard_group import Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
+from coordinator.worker_status import (
+    STREAM_ENDED,
+    UNREACHABLE,
+    LoadProgress,
+    WorkerDescription,
+)
 
 _pb = shard_worker_service_pb2
 
@@ -53,7 +59,7 @@ class WorkerClient:
                 raise
             why = await self._why_unreachable()
             raise Unavailable(
-                f"does not answer within {timeout_s:g} s{why}", reason="WORKER_UNREACHABLE"
+                f"does not answer within {timeout_s:g} s{why}", reason=UNREACHABLE
             ) from error
 
     async def _why_unreachable(self) -> str:
@@ -131,7 +137,15 @@ class WorkerClient:
         if self._steps is not None:
             self._steps.cancel()
             self._steps = None
-        await _answer(self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s))
+        call = self._stub.AbortGroup(_pb.AbortGroupRequest(epoch=epoch), timeout=timeout_s)
+        try:
+            await _answer(call)
+        except ServiceError as error:
+            if error.code != "DEADLINE_EXCEEDED":
+                raise
+            raise Unavailable(
+                f"does not leave the group within {timeout_s:g} s", reason=UNREACHABLE
+            ) from error
 
     def open_steps(self, epoch: int) -> None:
         """Opens the stream that carries the steps of one epoch."""
@@ -167,7 +181,7 @@ class WorkerClient:
             return error_of(error)
         except asyncio.InvalidStateError:
             pass
-        return Unavailable("the step stream ended", reason="STREAM_ENDED")
+        return Unavailable("the step stream ended", reason=STREAM_ENDED)
 
     async def close(self) -> None:
         if self._steps is not None:

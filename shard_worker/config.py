@@ -25,6 +25,7 @@ class WorkerConfig:
     peer_timeout_s: float
     """How long a collective waits for the other ranks."""
     lease_s: float
+    abort_timeout_s: float
     log_level: str
     log_format: str
     port_file: Path | None = None
@@ -79,6 +80,13 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         help="seconds without a call of a coordinator after which weights and cache are freed",
     )
     parser.add_argument(
+        "--abort-timeout",
+        type=float,
+        default=20.0,
+        help="seconds after an abort in which the device has to end what it runs; a worker whose "
+        "device hangs ends itself then",
+    )
+    parser.add_argument(
         "--model-root",
         type=Path,
         action="append",
@@ -117,8 +125,10 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         parser.error(f"--peer-timeout {flags.peer_timeout}: is no time")
     if flags.threads < 1:
         parser.error(f"--threads {flags.threads}: is not positive")
-    if not 0 < flags.lease < float("inf"):
-        parser.error(f"--lease {flags.lease}: is no time")
+    for name in ("lease", "abort_timeout"):
+        value = getattr(flags, name)
+        if not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {value}: is no time")
     return WorkerConfig(
         host=flags.host,
         port=flags.port,
@@ -128,6 +138,7 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         num_threads=flags.threads,
         peer_timeout_s=flags.peer_timeout,
         lease_s=flags.lease,
+        abort_timeout_s=flags.abort_timeout,
         log_level=flags.log_level,
         log_format=flags.log_format,
         port_file=flags.port_file,

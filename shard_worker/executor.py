@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import enum
+import faulthandler
 import gc
 import ipaddress
 import logging
@@ -62,6 +63,9 @@ from shard_worker.sharding import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+EXIT_HUNG = 70
+"""The exit code of a worker whose device thread hangs."""
 
 
 class State(enum.Enum):
@@ -168,6 +172,7 @@ class Executor:
         self._calls = 0
         self._called_at = time.monotonic()
         self._abandoned = threading.Event()  # set to end a join that is under way
+        self._leaving: asyncio.Task[None] | None = None
         self._group: Group | None = None
         self._tp: TensorParallel | None = None
         self._store: Any = None
@@ -375,7 +380,11 @@ class Executor:
         group = self._check(epoch, State.JOINED)
         loop = asyncio.get_running_loop()
 
+        abandoned = self._abandoned
+
         def report(now: checkpoint.LoadProgress) -> None:
+            if abandoned.is_set():
+                raise CommunicatorAborted(f"epoch {epoch} was aborted while it loaded")
             loop.call_soon_threadsafe(progress, now)
 
         self._state, self._runner = State.LOADING, None
@@ -525,17 +534,45 @@ class Executor:
         runner, self._runner = self._runner, None
         self._group = None
         self._state = State.IDLE
+        # Whoever asked for it may be gone before it is done.
+        await asyncio.shield(self._leave(runner))
+
+    def _leave(self, runner: ModelRunner | None) -> "asyncio.Task[None]":
+        """Ends what the device runs, and gives up the communicator and the runner.
+
+        A thread can't be ended from outside, and one that hangs, in a driver or a collective that
+        heeds no abort, holds the device for good. So after `abort_timeout_s` the process ends, and its
+        supervisor starts another.
+        """
         comm = self._tp.comm if self._tp else None
         if comm is not None:
             comm.abort()
 
-        def leave() -> None:
+        def give_up() -> None:
             if comm is not None:
                 comm.close()
             if runner is not None:
                 runner.close()
 
-        await self._on_device(leave)
+        async def leave() -> None:
+            try:
+                async with asyncio.timeout(self._config.abort_timeout_s):
+                    await self._on_device(give_up)
+                    await self._on_device(lambda: None, self._reader)
+            except TimeoutError:
+                self._end_hung_process()
+
+        self._leaving = asyncio.create_task(leave())
+        return self._leaving
+
+    def _end_hung_process(self) -> None:
+        faulthandler.dump_traceback(all_threads=True)  # for the log: where it hangs
+        log.critical(
+            "the device thread hangs: %g s after an abort it has not ended what it runs; ending the "
+            "process",
+            self._config.abort_timeout_s,
+        )
+        os._exit(EXIT_HUNG)
 
     async def keep_lease(self) -> None:
         """Frees the device when no coordinator has called for `lease_s`; returns never.
@@ -569,10 +606,9 @@ class Executor:
             self._called_at = time.monotonic()
 
     async def close(self) -> None:
-        """Frees the device; the thread ends when what it runs does."""
-        if self._tp:
-            self._tp.comm.abort()
-            await self._on_device(self._tp.comm.close)
+        """Frees the device and ends its thread; the whole process where that hangs."""
+        self._abandoned.set()
+        await self._leave(self._runner)
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._reader.shutdown(wait=False, cancel_futures=True)
 

@@ -112,6 +112,7 @@ class Api:
         post("/tokenize", response_model=Tokens)(self.tokenize)
         post("/detokenize", response_model=Text)(self.detokenize)
         get("/health", response_model=Health)(self.health)
+        get("/live", response_model=Health)(self.live)
         get("/version", response_model=Version)(self.version)
         get("/metrics", response_class=Response)(self.metrics)
         return router
@@ -119,42 +120,48 @@ class Api:
     async def completions(self, asked: CompletionRequest, http: Request) -> Response:
         """Continues one prompt or several."""
         self._check_model(asked.model)
-        engine = self._cluster.engine
-        request_id = self._request_id(asked, http)
-        prompts = await self._prompts(asked)
-        with _fields_named(COMPLETION_NAMES):
-            requests = completion_requests(
-                asked, prompts, request_id, _trace(http), self._cluster.context_length
-            )
-        frame = self._frame(f"cmpl-{request_id}")
-        answer = CompletionAnswer(asked, prompts, frame, self._cluster.model.tokenizer)
-        return await self._answer(http, engine, asked, requests, answer, COMPLETION_NAMES)
+        with contextlib.ExitStack() as call:
+            engine = call.enter_context(self._cluster.call())
+            request_id = self._request_id(asked, http)
+            prompts = await self._prompts(asked)
+            with _fields_named(COMPLETION_NAMES):
+                requests = completion_requests(
+                    asked, prompts, request_id, _trace(http), self._cluster.context_length
+                )
+            frame = self._frame(f"cmpl-{request_id}")
+            answer = CompletionAnswer(asked, prompts, frame, self._cluster.model.tokenizer)
+            return await self._answer(http, engine, call, asked, requests, answer, COMPLETION_NAMES)
 
     async def chat_completions(self, asked: ChatCompletionRequest, http: Request) -> Response:
         """Answers a conversation."""
         self._check_model(asked.model)
-        engine = self._cluster.engine
-        request_id = self._request_id(asked, http)
-        token_ids = await self._chat_ids(asked, add_special_tokens=bool(asked.add_special_tokens))
-        prompt = Prompt(token_ids)
-        names = dict(CHAT_NAMES)
-        if asked.max_completion_tokens is not None:
-            names["max_tokens"] = "max_completion_tokens"
-        with _fields_named(names):
-            request = chat_request(asked, prompt, request_id, _trace(http))
-        frame = self._frame(f"chatcmpl-{request_id}")
-        answer = ChatAnswer(asked, prompt, frame, self._cluster.model.tokenizer)
-        return await self._answer(http, engine, asked, (request,), answer, names)
+        with contextlib.ExitStack() as call:
+            engine = call.enter_context(self._cluster.call())
+            request_id = self._request_id(asked, http)
+            token_ids = await self._chat_ids(
+                asked, add_special_tokens=bool(asked.add_special_tokens)
+            )
+            prompt = Prompt(token_ids)
+            names = dict(CHAT_NAMES)
+            if asked.max_completion_tokens is not None:
+                names["max_tokens"] = "max_completion_tokens"
+            with _fields_named(names):
+                request = chat_request(asked, prompt, request_id, _trace(http))
+            frame = self._frame(f"chatcmpl-{request_id}")
+            answer = ChatAnswer(asked, prompt, frame, self._cluster.model.tokenizer)
+            return await self._answer(http, engine, call, asked, (request,), answer, names)
 
     async def _answer(
         self,
         http: Request,
         engine: Engine,
+        call: contextlib.ExitStack,
         asked: GenerationRequest,
         requests: Sequence[engine_request.Request],
         answer: Answer,
         names: Mapping[str, str],
     ) -> Response:
+        """`call` ends with the answer: a stream takes it over."""
         config = self._cluster.config
         # Not all at once: a batch should not fill the queue and turn others away.
         at_once = max(1, min(config.max_running, config.max_waiting) // requests[0].n)
@@ -168,7 +175,8 @@ class Api:
                 # An error that comes before anything else is to have its status.
                 first = await until_gone(http.receive, first_of(outputs))
                 ends_with_usage = asked.stream_options and asked.stream_options.include_usage
-                return EventStream(events(answer, first, outputs, bool(ends_with_usage)))
+                chunks = events(answer, first, outputs, bool(ends_with_usage))
+                return EventStream(chunks, call.pop_all())
 
             async def collect() -> list[list[Output]]:
                 collected: list[list[Output]] = [[] for _ in requests]
@@ -298,13 +306,17 @@ class Api:
         return _json(Text(prompt=text))
 
     async def health(self) -> Response:
-        """200 while the cluster serves, 503 with its state else."""
+        """Readiness: 200 while the cluster serves, with all its ranks, 503 with its state else."""
         state = self._cluster.state
         if state is not State.SERVING:
             raise Unavailable(
                 f"the cluster is {state.value}", reason="NOT_SERVING", retry_after_s=1.0
             )
         return _json(Health(status=state.value))
+
+    async def live(self) -> Response:
+        """Liveness: 200 with the cluster's state whatever that is, as long as the process answers."""
+        return _json(Health(status=self._cluster.state.value))
 
     async def version(self) -> Response:
         return _json(Version(version=__version__))

@@ -78,21 +78,22 @@ async def all_outputs(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, until they end or the client leaves."""
+    """Server-sent events, until they end or the client leaves; then `call` is closed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], call: contextlib.ExitStack) -> None:
         # A proxy that collects an answer before it hands it on would make a stream pointless.
         super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
+        self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             async with aclosing(self._events):
                 await self.stream_response(send)
 
-        with contextlib.suppress(ClientGone):
+        with self._call, contextlib.suppress(ClientGone):
             await until_gone(receive, write())
 
 

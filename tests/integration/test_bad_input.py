@@ -761,7 +761,7 @@ class TestAnAddressThatIsNone:
     def test_worker_that_does_not_answer(self, model: Model, nobody: str) -> None:
         began = time.monotonic()
         line = failure(model.folder, [nobody], "--startup-timeout", "2")
-        assert f"worker 0 ({nobody}): does not answer within 2 s" in line
+        assert f"worker 0 ({nobody}), connecting: does not answer within 2 s" in line
         assert 2 <= time.monotonic() - began < 10
 
     def test_one_worker_of_several_that_does_not_answer(

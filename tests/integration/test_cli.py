@@ -345,6 +345,42 @@ def test_serve_starts_a_worker_again_that_died_and_goes_on(
         )
 
 
+def test_serve_kills_a_worker_that_hangs_and_its_stream_goes_on(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    # In float32, where what is computed anew, in other chunks, gives the same token.
+    with serving(tmp_path, environment, "--dtype", "float32") as serve:
+        target = serve.wait_until_serving()
+        worker = serve.worker()
+        assert worker is not None
+
+        with client.Colrow(target) as colrow:
+
+            def ask() -> Iterator[client.Piece]:
+                return colrow.generate(
+                    "Once upon a time", max_tokens=40, ignore_eos=True, temperature=0
+                )
+
+            expected = [token for piece in ask() for token in piece.token_ids]
+            stream = ask()
+            tokens = [*next(stream).token_ids]
+            worker.suspend()  # it would never wake
+            began = time.monotonic()
+            tokens += [token for piece in stream for token in piece.token_ids]
+            took_s = time.monotonic() - began
+            assert len({w.description.pid for w in colrow.cluster().workers} - {worker.pid}) == 2
+        assert tokens == expected
+        assert not worker.is_running()
+        # Noticed within 2.5 s, killed after 5 more, and then as long as a worker takes to start.
+        assert 5 < took_s < 40
+        said = serve.stdout.read_text()
+        assert re.search(
+            r"worker (\d) hangs \(serving after step \d+: does not answer within 2 s\) and is killed\s+"
+            r"worker \1 was killed by SIGKILL; it is started again",
+            said,
+        ), said
+
+
 def test_serve_gives_up_on_a_worker_that_dies_again_and_again(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -366,7 +402,13 @@ def test_serve_gives_up_on_a_worker_that_dies_again_and_again(
             time.sleep(0.05)
         assert serve.popen.returncode == 1
         assert_gone(children)
-        assert "for the 6th time within 60 s" in serve.stderr.read_text()
+        complaint = serve.stderr.read_text()
+        assert "for the 6th time within 60 s" in complaint
+        # What it said last, and where the rest is.
+        assert re.search(
+            r"worker \d was killed by SIGKILL; its last words:\n    .*listening", complaint
+        )
+        assert re.search(r"its log: \S+worker-\d\.log", complaint)
 
 
 def assert_stops_after_death_of_a_worker(serve: Serve) -> None:
@@ -502,11 +544,14 @@ def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     assert re.search(r"state +serving", shown)
     assert re.search(r"transport +shared memory", shown)
     assert "What each rank owns" in shown
+    assert re.search(r"^ +1 +serving for \S+ \S+ +0\.\d s ago ", shown, re.MULTILINE)
     cluster = json.loads(colrow("status", "--json", "--target", target).stdout)
     assert cluster["state"] == "serving"
     planned = [rank["weight_bytes"] for rank in cluster["plan"]["ranks"]]
     assert planned == [worker["description"]["weight_bytes"] for worker in cluster["workers"]]
     assert planned == [136_761_984, 132_338_304]
+    assert [worker["phase"] for worker in cluster["workers"]] == ["serving", "serving"]
+    assert [worker["losses"] for worker in cluster["workers"]] == [0, 0]
 
 
 def test_status_by_layer_adds_up(colrow: Colrow, target: str) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -210,6 +210,10 @@ async def serving(
             if self.state is not State.SERVING:
                 raise Unavailable(f"the cluster is {self.state.value}", reason="NOT_SERVING")
             return script
+
+        @contextmanager
+        def call(self) -> Iterator[Script]:
+            yield self.engine
 
     async def render(accept: str) -> tuple[bytes, str]:
         return f"# {accept}\n".encode(), "text/plain; version=0.0.4"
@@ -662,6 +666,8 @@ async def test_while_the_cluster_does_not_serve_only_what_needs_it_is_unavailabl
         assert response.headers["retry-after"] == "1"
     for path in ("/v1/models", "/version", "/metrics", "/openapi.json"):
         assert (await served.http.get(path)).status_code == 200
+    # Who kills what is not alive must not kill what waits for a worker.
+    assert (await served.http.get("/live")).json() == {"status": "loading"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

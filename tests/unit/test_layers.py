@@ -25,7 +25,12 @@ from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.layers.attention import Attention
 from shard_worker.layers.embedding import Embedding, VocabParallelEmbedding, VocabParallelLMHead
-from shard_worker.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shard_worker.layers.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    Weight,
+    padded_rows,
+)
 from shard_worker.layers.norm import LayerNorm, RMSNorm
 from shard_worker.layers.rotary import RotaryEmbedding, rotate
 from shard_worker.sharding import (
@@ -619,3 +624,23 @@ def test_what_is_captured_counts_when_it_is_replayed() -> None:
     tp.count(captured)
     tp.count(captured)
     assert [(s.calls, s.payload_bytes) for s in tp.all_stats()] == [(3, 52), (2, 16)]
+
+
+def test_few_numbers_of_rows_are_multiplied_with_since_each_is_compiled_and_kept() -> None:
+    padded = {num_rows: padded_rows(num_rows) for num_rows in range(1, 1025)}
+    assert len(set(padded.values())) <= 64
+    assert all(num_rows <= rows <= 1.25 * num_rows for num_rows, rows in padded.items())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 33, 70, 300])
+def test_a_packed_weight_multiplies_as_a_plain_one_for_any_number_of_rows(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    plain = torch.randn(48, 32, generator=generator).bfloat16()
+    x = torch.randn(num_tokens, 32, generator=generator).bfloat16()
+    bias = torch.randn(48, generator=generator).bfloat16()
+    weight = object.__new__(Weight)
+    weight._plain, weight._packed = None, torch.ops.mkldnn._reorder_linear_weight(plain, 1)
+    got = weight.multiply(x, bias)
+    assert got.shape == (num_tokens, 48)
+    wanted = x.double() @ plain.double().T + bias.double()
+    torch.testing.assert_close(got.double(), wanted, rtol=0.02, atol=0.1)

@@ -26,7 +26,8 @@ from coordinator.metrics import Metrics
 from coordinator.request import ModelLimits, Request, RequestRecord
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sampling, Sequence
-from coordinator.shard_group import OpStats, ShardGroup, WorkerDescription
+from coordinator.shard_group import ShardGroup
+from coordinator.worker_status import OpStats, WorkerDescription
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -286,6 +287,23 @@ async def test_one_state_is_1(scraped: Scraped, state: State) -> None:
     scraped.cluster.state = state
     shown = await scraped.values("colrow_cluster_state", "state")
     assert shown == {each.value: float(each is state) for each in State}
+
+
+async def test_a_worker_that_is_lost_and_replaced_is_counted_by_rank(scraped: Scraped) -> None:
+    status = scraped.cluster.group.statuses[1]
+    scraped.cluster.num_recoveries = 4
+    assert await scraped.value("colrow_worker_phase", rank="1", phase="waiting") == 1
+    scraped.workers[1].error = Unavailable("gone")
+    status.failed(Unavailable("gone"))
+    status.failed(Unavailable("still gone"))
+    shown = await scraped.values("colrow_worker_phase", "rank", "phase")
+    assert {key for key, value in shown.items() if value} == {("0", "waiting"), ("1", "lost")}
+    status.heard(replace(DESCRIPTION, pid=DESCRIPTION.pid + 1))
+    assert await scraped.value("colrow_worker_phase", rank="1", phase="waiting") == 1
+    losses = await scraped.values("colrow_worker_losses_total", "rank")
+    restarts = await scraped.values("colrow_worker_restarts_total", "rank")
+    assert losses == restarts == {"0": 0, "1": 1}
+    assert await scraped.value("colrow_recoveries_total") == 4
 
 
 async def test_workers_are_shown_by_rank_and_their_communication_by_module(

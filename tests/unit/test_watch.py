@@ -14,8 +14,24 @@ from rich.table import Table
 from client import watch
 from client.endpoint import Endpoint
 from client.grpc_client import Colrow
-from client.views import communication_by_module_table, communication_table
-from client.watch import Follower, JsonView, LineView, LiveView, Meter, Update, bar, rates
+from client.views import (
+    communication_by_module_table,
+    communication_table,
+    duration,
+    status_tables,
+)
+from client.watch import (
+    Follower,
+    JsonView,
+    LineView,
+    LiveView,
+    Meter,
+    Update,
+    bar,
+    dashboard,
+    rates,
+    update_line,
+)
 from colrow.errors import Unavailable
 from colrow.v1 import control_service_pb2 as pb
 from colrow.v1 import shard_plan_pb2, shard_worker_service_pb2
@@ -39,6 +55,7 @@ def cluster(
                 rank=rank,
                 last_step_id=steps,
                 busy_us=busy,
+                phase=pb.WORKER_PHASE_SERVING,
                 description=shard_worker_service_pb2.WorkerDescription(
                     state=shard_worker_service_pb2.WORKER_STATE_READY,
                     communication=[
@@ -224,7 +241,7 @@ def test_the_live_view_shows_all_and_keeps_it_while_nothing_is_heard() -> None:
     assert f"{'█' * 20}{'▒' * 10}{'·' * 10} 50 used, 25 cached, 25 free" in shown
     assert "25.0 steps/s, 10.0 prompt and 50.0 generated tokens/s" in shown
     assert "75% of 20 prompt tokens, 75% now" in shown
-    assert "0 ready 150 50% 0.0 MiB/s" in shown
+    assert "0 serving 150 50% 0.0 MiB/s" in shown
     view.show(Update(13.0, None, "gone"), None)
     view.tick()
     shown = text(live.renderable)
@@ -232,6 +249,45 @@ def test_the_live_view_shows_all_and_keeps_it_while_nothing_is_heard() -> None:
     assert "50 used, 25 cached" in shown
     view.show(AFTER, None)
     assert "does not answer" not in text(live.renderable)
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def lost() -> pb.Cluster:
+    """Two ranks, of which one is lost while it served."""
+    made = cluster(17, state=pb.CLUSTER_STATE_RECOVERING)
+    made.workers[0].phase = pb.WORKER_PHASE_WAITING
+    made.workers[1].MergeFrom(
+        pb.WorkerStatus(
+            phase=pb.WORKER_PHASE_LOST,
+            phase_age_s=3.2,
+            heard_age_s=5.6,
+            last_step_id=16,
+            error="serving after step 16: does not answer within 2 s",
+            error_age_s=3.2,
+            losses=2,
+            restarts=1,
+        )
+    )
+    return made
+
+
+def test_every_view_names_the_rank_that_is_lost_with_its_phase_and_last_step() -> None:
+    error = "serving after step 16: does not answer within 2 s (3.2 s ago)"
+    status = text(*status_tables(lost()))
+    assert "0 waiting for 0.0 s never 17 0 0" in status
+    assert f"1 lost for 3.2 s 5.6 s ago 16 2 1 {error}" in status
+    assert f"1 lost for 3.2 s 16 1 {error}" in text(*dashboard(lost(), None))
+    assert "recovering; worker 1 lost for 3.2 s;" in update_line("", Update(0.0, lost()), None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.04, "0.0 s"), (9.9, "9.9 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (2e5, "2 d")],
+)
+def test_a_duration_has_the_unit_that_fits(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
 
 
 # --- communication ----------------------------------------------------------------------------
