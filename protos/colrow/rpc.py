@@ -241,6 +241,7 @@ class Server:
             if self._tls is None:
                 port = self.grpc_server.add_insecure_port(address)
             else:
+                assert self._tls.key is not None and self._tls.certificate is not None
                 credentials = grpc.ssl_server_credentials(
                     [(self._tls.key, self._tls.certificate)],
                     root_certificates=self._tls.ca,

@@ -229,8 +229,13 @@ def test_a_port_in_use_is_named(colrow: Colrow) -> None:
         assert_one_clear_line(colrow("serve", "--grpc-port", port), f"grpc-port {port}")
 
 
-def test_cuda_is_refused(colrow: Colrow) -> None:
-    assert_one_clear_line(colrow("serve", "--device", "cuda"), "device", "CPU only")
+def test_more_ranks_than_gpus_are_refused(colrow: Colrow) -> None:
+    assert_one_clear_line(
+        colrow("serve", "--device", "cuda", "--tp", "99"),
+        "tp = 99",
+        "GPU of its own",
+        "--device cpu",
+    )
 
 
 @pytest.mark.parametrize(
