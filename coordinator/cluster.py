@@ -40,6 +40,10 @@ DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 RECOVERY_ATTEMPT_S = 10.0  # for lost workers to be back, before it is tried anew
 RECOVERY_PAUSE_S = 0.2
 GIVEN_UP_RETRY_S = 10.0
+MAX_REFUSALS = 3  # of steps in a row, after which it is the requests that fail and not a worker
+REFUSED_PAUSE_S = 2.0
+# What a worker answers that is there and can't do what it is asked to.
+_REFUSALS = frozenset({"INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"})
 
 
 class State(enum.Enum):
@@ -117,6 +121,9 @@ class Cluster:
         self._observer = observer
         self.num_recoveries = 0
         self.last_recovery_s = 0.0
+        self._failing_since = 0.0  # since when requests wait and no step of theirs came through
+        self._steps_then = -1
+        self._num_refusals = 0
         self.is_draining = False
         self._limits: ModelLimits | None = None
         self._num_blocks = 0
@@ -219,8 +226,12 @@ class Cluster:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _recover(self, engine: Engine, error: ServiceError) -> None:
-        """Forms the group anew, however long that takes; requests wait for `recovery_timeout_s`."""
+        """Forms the group anew, however long that takes; requests wait for `recovery_timeout_s`.
+
+        Requests whose steps fail the workers again and again end before.
+        """
         began = time.monotonic()
+        self._note_failure(engine, error)
         self.num_recoveries += 1
         self.error = str(error)
         log.error("epoch %d ended: %s", self.group.epoch, error)
@@ -231,9 +242,10 @@ class Cluster:
                 f"; {status.error}" if status.phase is Phase.LOST else "",
             )
         self._set_state(State.RECOVERING)
-        giving_up = asyncio.get_running_loop().call_later(
-            self.config.recovery_timeout_s, self._give_requests_up, engine
-        )
+        left_s = self._failing_since + self.config.recovery_timeout_s - began
+        if left_s <= 0:
+            self._give_requests_up(engine)
+        giving_up = asyncio.get_running_loop().call_later(left_s, self._give_requests_up, engine)
         try:
             while True:
                 await self.group.abort()
@@ -247,12 +259,27 @@ class Cluster:
                     self.error = str(failure)
                     log.warning("the group can't form: %s", failure)
                     self._notify()
-                    await asyncio.sleep(RECOVERY_PAUSE_S)
+                    refused = failure.code in _REFUSALS
+                    await asyncio.sleep(REFUSED_PAUSE_S if refused else RECOVERY_PAUSE_S)
         finally:
             giving_up.cancel()
         self.error = ""
         self.last_recovery_s = time.monotonic() - began
         log.info("epoch %d goes on after %.2f s", self.group.epoch, self.last_recovery_s)
+
+    def _note_failure(self, engine: Engine, error: ServiceError) -> None:
+        """Tells a worker that is lost from requests that no worker can serve."""
+        if engine.num_steps != self._steps_then or not engine.has_requests:
+            self._steps_then = engine.num_steps
+            self._failing_since = time.monotonic()
+            self._num_refusals = 0
+        self._num_refusals += error.code in _REFUSALS
+        if self._num_refusals >= MAX_REFUSALS:
+            log.error("steps failed %d times in a row: requests fail", self._num_refusals)
+            engine.drop(
+                Internal(f"the workers can't execute the step: {error}", reason="STEP_FAILED")
+            )
+            self._num_refusals = 0
 
     def _give_requests_up(self, engine: Engine) -> None:
         limit = self.config.recovery_timeout_s

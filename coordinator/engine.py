@@ -83,6 +83,8 @@ class Engine:
         self.max_waiting = max_waiting
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.num_steps = 0
+        """Whose results were read, in all epochs."""
         self._steps = steps
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
@@ -113,9 +115,17 @@ class Engine:
                 self._work.clear()
                 await self._work.wait()
 
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._choices)
+
     def fail(self, error: ServiceError) -> None:
         """Ends every request with an error, and refuses new ones with it until `run` runs again."""
         self._error = error
+        self.drop(error)
+
+    def drop(self, error: ServiceError) -> None:
+        """Ends every request with an error."""
         for _, stream in self._choices.values():
             stream.error = error
             stream.ready.set()
@@ -130,6 +140,7 @@ class Engine:
 
     def _apply(self, step: Step, output: StepOutput) -> None:
         """Hands tokens and log-probabilities to the streams, and ends the sequences that are done."""
+        self.num_steps += 1
         now = time.monotonic()
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for item in output.logprobs:
