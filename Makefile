@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: help setup run test soak lint clean
+.PHONY: help setup run test test-compose soak lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,11 +28,14 @@ $(READY): pyproject.toml setup.py constraints.txt protos/generate.py $(wildcard 
 run: setup  ## a coordinator and two shard workers on CPU answer a question
 	@$(BIN)/colrow demo
 
-test: setup  ## the whole suite
+test: setup  ## the whole suite but containers
 	@$(BIN)/python -m pytest
 
 soak: setup  ## ten minutes of mixed load and kills: nothing fails, memory is steady
 	@$(BIN)/python benchmarks/soak.py --minutes 10
+
+test-compose: setup  ## the containers, on a Docker Engine; where none runs, one is set up (as root)
+	@$(BIN)/python tests/compose/with_engine.py $(BIN)/python -m pytest tests/compose
 
 lint: setup  ## formatting, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,9 @@ from client.options import (
     TopP,
 )
 from colrow import __version__
-from colrow.errors import ServiceError
+from colrow.errors import ServiceError, Unavailable
 
+HEALTH_POLL_S = 0.2
 DEMO_QUESTION = "How do plants make food?"
 
 
@@ -290,6 +292,72 @@ def status(
         return
     for table in status_tables(cluster, by_module=layers):
         out.print(table)
+
+
+@app.command()
+def health(
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="HOST:PORT",
+            help="The coordinator, or a worker.",
+            show_default="localhost:50051",
+        ),
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Be content with any answer: it runs, but may not serve yet."),
+    ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to ask again and again, until it does serve.")
+    ] = 0.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds that an answer may take.")
+    ] = 3.0,
+) -> None:
+    """Ask the gRPC health service: exit code 0 if it serves, 1 if it does not. For health checks.
+
+    A coordinator whose workers are not all there is alive, but does not serve.
+
+    Example: colrow health --target localhost:50061
+    """
+    from client.grpc_client import Colrow
+    from client.serving import DEFAULT_TARGET
+
+    deadline = time.monotonic() + wait
+    with Colrow(target or DEFAULT_TARGET) as colrow:
+        while True:
+            last = time.monotonic() >= deadline
+            try:
+                serving = colrow.healthy(timeout)
+            except Unavailable:
+                if last:
+                    raise
+            else:
+                if serving or live or last:
+                    break
+            time.sleep(HEALTH_POLL_S)
+    print("SERVING" if serving else "NOT_SERVING")
+    if not (serving or live):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(model: Model = None) -> None:
+    """Download or convert a model, unless that is done, and print its folder.
+
+    Commands that take a MODEL do it themselves; this is for doing it beforehand.
+
+    Example: colrow fetch Qwen/Qwen3-0.6B
+    """
+    from client.model_source import resolve_model
+    from client.serving import termination_interrupts
+    from client.views import console, progress_view
+
+    with termination_interrupts(), progress_view(console(stderr=True)) as progress:
+        folder = resolve_model(model, progress=progress)
+    print(folder)
 
 
 @app.command()

@@ -190,12 +190,14 @@ def worker(arguments: Arguments = None) -> None:
 
     Example: colrow worker --host 0.0.0.0 --advertise-host 10.0.0.1
     """
+    from client.local_cluster import require_worker_packages
     from shard_worker import config
 
     flags = list(arguments or ())
     if {"-h", "--help"} & set(flags):
         _introduce(worker)
     config.parse(flags)  # a wrong flag should not have to wait for torch
+    require_worker_packages()
     from shard_worker.__main__ import main as worker_main
 
     raise typer.Exit(worker_main(flags))

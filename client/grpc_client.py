@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colrow.errors import ServiceError, Unavailable
 from colrow.rpc import aio_channel, channel, error_of
@@ -260,6 +261,19 @@ class Colrow:
                 )
             )
         return self._call(self.control.RunLayer, request)
+
+    def healthy(self, timeout_s: float) -> bool:
+        """What the standard health service says: whether the coordinator, or a worker, serves now.
+
+        Unavailable where nothing answers in time.
+        """
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            reason = error_of(error)
+            raise Unavailable(f"{self.target} does not answer: {reason.message}") from error
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_until_serving(self, timeout_s: float) -> _control_pb.Cluster:
         """Waits for the cluster to serve. Unavailable when it failed, or did not in time."""

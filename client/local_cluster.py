@@ -10,6 +10,7 @@ be killed, they notice and end by themselves (client/child.py).
 """
 
 import contextlib
+import importlib.util
 import os
 import queue
 import shutil
@@ -109,6 +110,14 @@ class Process:
 
 def _indent(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def require_worker_packages() -> None:
+    """ClusterError where this installation has no torch, which is an extra."""
+    if importlib.util.find_spec("torch") is None:
+        raise ClusterError(
+            "a shard worker needs torch, which is not installed: pip install 'colrow[worker]'"
+        )
 
 
 def num_cores() -> int:
@@ -211,9 +220,11 @@ class LocalCluster:
     def start(self, on_progress: Progress | None = None) -> None:
         """Starts the processes and returns when all of them listen; the model is not loaded yet.
 
-        Raises ClusterError where one ends; then, as on Ctrl-C, the others are stopped.
+        Raises ClusterError where torch is missing or a process ends; then, as on Ctrl-C, the others
+        are stopped.
         """
         assert not self.processes, "started already"
+        require_worker_packages()
         try:
             self._start(on_progress or (lambda description, done, total: None))
         except BaseException:

@@ -21,11 +21,12 @@ import client
 from client.local_cluster import ClusterError, LocalCluster
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
+from tests import clusters
 
 COMMAND = str(Path(sys.executable).with_name("colrow"))
 COMMANDS = (
     *("serve", "coordinator", "worker", "generate", "chat", "status", "plan", "layer", "bench"),
-    "demo",
+    *("health", "fetch", "demo"),
 )
 
 START_TIMEOUT_S = 60.0
@@ -249,6 +250,33 @@ def test_where_nothing_answers_it_says_what_to_start(
     )
 
 
+@pytest.mark.parametrize("flags", [(), ("--live",)])
+def test_where_nothing_answers_nothing_is_healthy_or_alive(
+    colrow: Colrow, flags: tuple[str, ...]
+) -> None:
+    assert_one_clear_line(colrow("health", *flags, "--target", NOBODY), f"{NOBODY} does not answer")
+
+
+@pytest.mark.parametrize("command", [("worker",), ("serve",)])
+def test_without_torch_it_says_what_to_install(
+    environment: dict[str, str], command: tuple[str, ...]
+) -> None:
+    script = "import sys; sys.modules['torch'] = None; from client.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+    )
+    assert_one_clear_line(done, "torch", "pip install 'colrow[worker]'")
+
+
+def test_fetch_prints_the_folder_of_a_model(colrow: Colrow, demo_model_folder: Path) -> None:
+    assert colrow("fetch").stdout == f"{demo_model_folder}\n"
+    assert_one_clear_line(colrow("fetch", "./no/such"), "'./no/such'")
+
+
 @pytest.mark.parametrize("arguments", [("plan", "--tp", "0"), ("plan", "--no-such-flag"), ("no",)])
 def test_wrong_usage_ends_with_2(colrow: Colrow, arguments: tuple[str, ...]) -> None:
     done = colrow(*arguments)
@@ -274,6 +302,23 @@ def test_a_coordinator_knows_the_demo_model_by_name(colrow: Colrow) -> None:
 
 
 # --- with clusters of its own -----------------------------------------------------------------
+
+
+def test_a_coordinator_that_waits_for_its_workers_is_alive_but_not_ready(
+    colrow: Colrow, demo_model_folder: Path
+) -> None:
+    coordinator = clusters.start_coordinator(demo_model_folder, [NOBODY])
+    try:
+        ready = colrow("health", "--target", coordinator.address)
+        assert (ready.returncode, ready.stdout) == (1, "NOT_SERVING\n")
+        alive = colrow("health", "--live", "--target", coordinator.address)
+        assert (alive.returncode, alive.stdout) == (0, "NOT_SERVING\n")
+        began = time.monotonic()
+        assert colrow("health", "--wait", "2", "--target", coordinator.address).returncode == 1
+        assert time.monotonic() - began > 2
+    finally:
+        coordinator.stop()
+        coordinator.log.unlink()
 
 
 def test_layer_needs_no_cluster_to_show_what_a_sum_is(colrow: Colrow) -> None:
@@ -557,6 +602,13 @@ def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     assert planned == [136_761_984, 132_338_304]
     assert [worker["phase"] for worker in cluster["workers"]] == ["serving", "serving"]
     assert [worker["losses"] for worker in cluster["workers"]] == [0, 0]
+
+
+def test_health_is_that_of_the_coordinator_or_of_a_worker(colrow: Colrow, target: str) -> None:
+    cluster = json.loads(colrow("status", "--json", "--target", target).stdout)
+    for address in (target, *(worker["address"] for worker in cluster["workers"])):
+        done = colrow("health", "--target", address)
+        assert (done.returncode, done.stdout) == (0, "SERVING\n")
 
 
 def test_status_by_layer_adds_up(colrow: Colrow, target: str) -> None:
