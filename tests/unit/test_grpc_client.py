@@ -1,8 +1,10 @@
 """The Python client: what it puts on the wire, what it makes of answers, and how it ends calls."""
 
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -277,3 +279,30 @@ def test_the_package_gives_the_client_and_nothing_else() -> None:
 def test_help_does_not_wait_for_what_it_does_not_need(slow: str) -> None:
     code = f"import client, client.cli, sys; sys.exit({slow!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_server_that_takes_a_second_to_accept_is_connected_to(target: str) -> None:
+    """As on a busy machine, or far away."""
+    host, _, port = target.partition(":")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def forward(source: socket.socket, sink: socket.socket) -> None:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+        def relay() -> None:
+            near, _ = listener.accept()
+            time.sleep(1.0)
+            with near, socket.create_connection((host, int(port))) as far:
+                back = threading.Thread(target=forward, args=(far, near))
+                back.start()
+                forward(near, far)
+                back.join()
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        with Colrow(f"127.0.0.1:{listener.getsockname()[1]}") as slow:
+            assert slow.tokenize("hi") == [1, 2]
+        thread.join(10)
+        assert not thread.is_alive()
