@@ -66,6 +66,11 @@ ARG TORCH_INDEX=
 RUN python3 deploy/requirements.py ${EXTRA} \
     | pip install --no-cache-dir --constraint constraints.txt --requirement /dev/stdin \
       ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}}
+# On a GPU Triton compiles, with a C compiler, what launches its kernels.
+RUN if [ "${EXTRA}" != worker ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=code /code /opt/colrow
 WORKDIR /
 USER colrow
