@@ -305,9 +305,9 @@ def health(
             show_default="localhost:50051",
         ),
     ] = None,
+    tls: Tls = None,
     live: Annotated[
-        bool,
-        typer.Option("--live", help="Be content with any answer: it runs, but may not serve yet."),
+        bool, typer.Option("--live", help="Ask whether it runs, though it may not serve yet.")
     ] = False,
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to ask again and again, until it does serve.")
@@ -322,24 +322,23 @@ def health(
 
     Example: colrow health --target localhost:50061
     """
-    from client.grpc_client import Colrow
-    from client.serving import DEFAULT_TARGET
+    from client.endpoint import DEFAULT_TARGET, Endpoint
 
     deadline = time.monotonic() + wait
-    with Colrow(target or DEFAULT_TARGET) as colrow:
+    with Endpoint(target or DEFAULT_TARGET, tls).connect() as colrow:
         while True:
             last = time.monotonic() >= deadline
             try:
-                serving = colrow.healthy(timeout)
+                serving = colrow.healthy(timeout, live=live)
             except Unavailable:
                 if last:
                     raise
             else:
-                if serving or live or last:
+                if serving or last:
                     break
             time.sleep(HEALTH_POLL_S)
     print("SERVING" if serving else "NOT_SERVING")
-    if not (serving or live):
+    if not serving:
         raise typer.Exit(1)
 
 

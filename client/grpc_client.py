@@ -11,7 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colrow.errors import ServiceError, Unavailable
-from colrow.rpc import aio_channel, channel, error_of
+from colrow.rpc import LIVENESS, aio_channel, channel, error_of
 from colrow.rpc_access import KeySender, key_metadata
 from colrow.tls import read_user
 from colrow.v1 import (
@@ -262,14 +262,15 @@ class Colrow:
             )
         return self._call(self.control.RunLayer, request)
 
-    def healthy(self, timeout_s: float) -> bool:
+    def healthy(self, timeout_s: float, *, live: bool = False) -> bool:
         """What the standard health service says: whether the coordinator, or a worker, serves now.
 
-        Unavailable where nothing answers in time.
+        With `live`, whether it runs at all. Unavailable where nothing answers in time.
         """
         stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            request = health_pb2.HealthCheckRequest(service=LIVENESS if live else "")
+            response = stub.Check(request, timeout=timeout_s)
         except grpc.RpcError as error:
             reason = error_of(error)
             raise Unavailable(f"{self.target} does not answer: {reason.message}") from error
