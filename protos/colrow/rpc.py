@@ -50,8 +50,8 @@ CHANNEL_OPTIONS = (
     # One that is back is found at once, not after gRPC's growing pauses of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Despite its name how long an attempt to connect may take, at least: two round trips, on a busy
-    # machine or a long way.
-    ("grpc.min_reconnect_backoff_ms", 3_000),
+    # machine or over a long way. A network that healed is found by the attempt after it, so not longer.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # Its name may stand for another address by then, which gRPC would ask for twice a minute.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),

@@ -282,7 +282,7 @@ def test_help_does_not_wait_for_what_it_does_not_need(slow: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_a_server_that_takes_a_second_to_accept_is_connected_to(target: str) -> None:
+def test_a_server_that_takes_half_a_second_to_accept_is_connected_to(target: str) -> None:
     """As on a busy machine, or far away."""
     host, _, port = target.partition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -295,7 +295,7 @@ def test_a_server_that_takes_a_second_to_accept_is_connected_to(target: str) -> 
 
         def relay() -> None:
             near, _ = listener.accept()
-            time.sleep(1.0)
+            time.sleep(0.5)
             with near, socket.create_connection((host, int(port))) as far:
                 back = threading.Thread(target=forward, args=(far, near))
                 back.start()
