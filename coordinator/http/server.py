@@ -19,7 +19,8 @@ from colrow.tls import Tls
 from coordinator.cluster import Cluster
 from coordinator.http import errors
 from coordinator.http.access import Authorize, Guarded
-from coordinator.http.api import REQUEST_ID, Api, RenderMetrics, checked_id
+from coordinator.http.api import REQUEST_ID, Api, RenderMetrics
+from coordinator.request import checked_id
 
 log = logging.getLogger(__name__)
 

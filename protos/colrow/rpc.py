@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024  # of one call, as gRPC counts it: 32 bytes an entry come on top
+MAX_ERROR_BYTES = 1200  # of an error's message, which is sent twice and once with escapes
+MAX_DETAIL_BYTES = 300  # of a value in an ErrorInfo
 
 LIVENESS = "liveness"
 """A name for health checks: SERVING as long as the process answers, ready or not."""
@@ -77,11 +79,19 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
 
+def _cut(text: str, num_bytes: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= num_bytes else data[:num_bytes].decode(errors="ignore") + "…"
+
+
 def status_of(error: ServiceError) -> Any:
-    """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata."""
-    details = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    ]
+    """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata.
+
+    Long texts are cut: clients drop metadata of more than 8 KiB, and the error with it.
+    """
+    metadata = {key: _cut(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()}
+    message = _cut(error.message, MAX_ERROR_BYTES)
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
@@ -91,9 +101,7 @@ def status_of(error: ServiceError) -> Any:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     return rpc_status.to_status(
-        status_pb2.Status(
-            code=code_pb2.Code.Value(error.code), message=error.message, details=packed
-        )
+        status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=packed)
     )
 
 
