@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from client import Colrow
 from colrow.errors import DOMAIN
 from colrow.v1 import control_service_pb2
 from tests.clusters import Service, start, start_coordinator, wait_until_serving
-from tests.fuzz.wire import Hints, Rpc, payloads
+from tests.fuzz.wire import Hints, Rpc, payloads, put_in
 
 BUDGET = float(os.environ.get("COLROW_FUZZ", "1"))
 """How many times as many cases as `make test` runs."""
@@ -47,7 +47,7 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-OWN_REFUSALS = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
+OWN_REFUSALS = REFUSALS - {grpc.StatusCode.UNIMPLEMENTED}
 
 
 def examine(strategy: SearchStrategy[Any], num_cases: int, check: Callable[[Any], None]) -> None:
@@ -78,6 +78,10 @@ class Call:
     take: int
     """Responses that are read before the client cancels."""
     metadata: Sequence[tuple[str, str | bytes]]
+
+    def at(self, epoch: int, step: int) -> Call:
+        """The call with the numbers of this moment."""
+        return replace(self, requests=[put_in(r, epoch=epoch, step=step) for r in self.requests])
 
 
 @st.composite

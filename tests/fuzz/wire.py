@@ -20,6 +20,9 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 Hints = Mapping[str, SearchStrategy[Any]]
 """By the name of a field: values that lead deeper than random ones would. Half of all draws."""
 
+EPOCH = 2**40  # stands for the epoch of the moment, and so do the numbers beside it for theirs
+STEP = 2**41  # likewise for the step that comes next
+
 MAX_DEPTH = 4
 MANY = 20_000  # entries of a field that is repeated beyond reason
 LONG = 100_000  # bytes of a text that is
@@ -38,9 +41,15 @@ NO_TEXTS = (b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\x80"
 _F = FieldDescriptor
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _WIRE_TYPES = {
-    **{_F.TYPE_FIXED64: _FIXED64, _F.TYPE_SFIXED64: _FIXED64, _F.TYPE_DOUBLE: _FIXED64},
-    **{_F.TYPE_FIXED32: _FIXED32, _F.TYPE_SFIXED32: _FIXED32, _F.TYPE_FLOAT: _FIXED32},
-    **{_F.TYPE_STRING: _BYTES, _F.TYPE_BYTES: _BYTES, _F.TYPE_MESSAGE: _BYTES},
+    _F.TYPE_FIXED64: _FIXED64,
+    _F.TYPE_SFIXED64: _FIXED64,
+    _F.TYPE_DOUBLE: _FIXED64,
+    _F.TYPE_FIXED32: _FIXED32,
+    _F.TYPE_SFIXED32: _FIXED32,
+    _F.TYPE_FLOAT: _FIXED32,
+    _F.TYPE_STRING: _BYTES,
+    _F.TYPE_BYTES: _BYTES,
+    _F.TYPE_MESSAGE: _BYTES,
 }
 """Others are varints."""
 
@@ -136,6 +145,21 @@ def _message(draw: DrawFn, descriptor: Descriptor, hints: Hints, depth: int) -> 
         return b""
     chosen = draw(st.lists(st.sampled_from(fields), max_size=8))
     return b"".join(_field(draw, field, hints, depth) for field in chosen)
+
+
+def _six_bytes(value: int) -> bytes:
+    """A varint of the length that the stand-ins have."""
+    groups = [value >> 7 * place & 0x7F for place in range(6)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+
+def put_in(payload: bytes, *, epoch: int, step: int) -> bytes:
+    """The payload with the numbers that were not known when it was drawn."""
+    for place, value in ((EPOCH, epoch), (STEP, step)):
+        for offset in (-1, 0, 1):
+            actual = max(0, value + offset)
+            payload = payload.replace(_six_bytes(place + offset), _six_bytes(actual))
+    return payload
 
 
 @st.composite
