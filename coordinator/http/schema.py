@@ -12,14 +12,15 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     FailFast,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 MAX_PROMPTS = 2048
 MAX_ID_DIGITS = 10
@@ -33,15 +34,26 @@ def _refuse(problem: str) -> PydanticCustomError:
     return PydanticCustomError(INVALID, "{problem}", {"problem": problem})
 
 
-def _nothing_but(*harmless: object) -> AfterValidator:
+class _nothing_but:
     """Of a field that can't be honoured: null and these values ask for nothing."""
 
-    def check(value: object) -> object:
-        if value is not None and value not in harmless:
+    def __init__(self, *harmless: object) -> None:
+        self._harmless = harmless
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self._harmless]}
+
+    def _check(self, value: object) -> object:
+        if value is not None and value not in self._harmless:
             raise PydanticCustomError(UNSUPPORTED, "is not supported")
         return value
-
-    return AfterValidator(check)
 
 
 def _is_token_ids(value: object) -> bool:

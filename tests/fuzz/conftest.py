@@ -31,6 +31,6 @@ def expected(folder: Path) -> list[int]:
 @pytest.fixture(scope="package")
 def cluster(folder: Path, expected: list[int]) -> Iterator[Cluster]:
     """Shared by the tests: each has to leave it as it was."""
-    running = Cluster(folder, expected)
+    running = Cluster(folder, expected, "--max-model-len", "48")
     yield running
     running.stop()

@@ -183,7 +183,7 @@ class _Cancelled:
 
 def log_of(service: Service) -> str:
     """What a service has logged, but for its good requests."""
-    lines = service.log.read_text().splitlines()
+    lines = service.log.read_text(errors="replace").splitlines()  # gRPC quotes what it gets
     return "\n".join(line for line in lines if "telemetry request ended" not in line)[-20_000:]
 
 
@@ -281,5 +281,5 @@ class Cluster:
     def stop(self) -> None:
         self.client.close()
         for service in self.services:
-            assert service.stop() == 0, service.log.read_text()
+            assert service.stop() == 0, log_of(service)
             service.log.unlink()
