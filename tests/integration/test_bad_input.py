@@ -1065,6 +1065,12 @@ class TestAWorkerOutOfOrder:
 
 
 class TestJoining:
+    def test_an_epoch_that_nothing_could_follow(self, worker: Worker) -> None:
+        request = _worker.JoinGroupRequest(
+            epoch=2**64 - 1, size=1, transport=_worker.TRANSPORT_SINGLE
+        )
+        refusal(lambda: worker.stub.JoinGroup(request, timeout=5), "INVALID_ARGUMENT", "epoch")
+
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
@@ -1154,6 +1160,18 @@ class TestLoading:
         ("fields", "words"),
         [
             ({"model_path": "/nowhere"}, ("model_path = '/nowhere'", "no folder")),
+            ({"model_path": "/" + "x" * 5000}, ("model_path = '/xxx", "no folder")),
+            (
+                {"config_json": '{"architectures": ["LlamaForCausalLM"]}'},
+                ("config_json", "no model can be built of it", "KeyError"),
+            ),
+            (
+                {
+                    "config_json": '{"architectures": ["LlamaForCausalLM"], "hidden_size": 0.5, '
+                    '"num_hidden_layers": "x", "num_attention_heads": 1}'
+                },
+                ("config_json", "no model can be built of it", "TypeError"),
+            ),
             ({"config_json": "{"}, ("config_json = '{'",)),
             ({"config_json": "[" * 100_000}, ("config_json",)),
             ({"config_json": "[]"}, ("config_json = '[]'", "no JSON object")),
