@@ -15,7 +15,7 @@ import pytest
 
 from tests.fuzz.victim import BUDGET, NUM_TOKENS, PROMPT, Cluster
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600 * max(1.0, BUDGET))
 
 BATCH = 10  # blobs between two good requests
 PATIENCE_S = 0.05  # for an answer to a blob; there need not be one

@@ -17,9 +17,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.fuzz.victim import DEADLINE_S, Cluster, Tally, examine
+from tests.fuzz.victim import BUDGET, DEADLINE_S, Cluster, Tally, examine
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600 * max(1.0, BUDGET))
 
 CHECKS = [
     not_a_server_error,

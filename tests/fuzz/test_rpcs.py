@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import strategies as st
 
+from colrow.errors import Unavailable
 from colrow.v1 import (
     shard_worker_service_pb2,
     shard_worker_service_pb2_grpc,
@@ -21,6 +25,7 @@ from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests.clusters import start
 from tests.fuzz.victim import (
+    BUDGET,
     DEADLINE_S,
     LEAKED_MIB,
     NUM_TOKENS,
@@ -36,7 +41,7 @@ from tests.fuzz.victim import (
 )
 from tests.fuzz.wire import EPOCH, STEP, Rpc, rpcs
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600 * max(1.0, BUDGET))
 
 _worker = shard_worker_service_pb2
 
@@ -167,6 +172,77 @@ def test_every_rpc_of_a_worker_that_serves(
         )
 
 
+def test_a_group_that_is_aborted_from_outside_forms_anew_and_streams_go_on(
+    cluster: Cluster,
+) -> None:
+    def tokens(num_aborts: int) -> list[int]:
+        got: list[int] = []
+        for piece in cluster.client.generate(PROMPT, max_tokens=40, temperature=0, timeout_s=60):
+            got += piece.token_ids
+            if len(got) in range(10, 10 + num_aborts):
+                epoch = cluster.client.cluster().epoch
+                for worker in cluster.workers:
+                    with grpc.insecure_channel(worker.address) as channel:
+                        stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(channel)
+                        with contextlib.suppress(grpc.RpcError):  # of the epoch after it already
+                            stub.AbortGroup(_worker.AbortGroupRequest(epoch=epoch), timeout=5)
+        return got
+
+    undisturbed = tokens(0)
+    epoch = cluster.client.cluster().epoch
+    with cluster.without_leaks():
+        assert tokens(1) == undisturbed
+        assert cluster.client.cluster().epoch > epoch
+
+
+def test_calls_that_are_left_as_they_are_refused_are_no_bugs(cluster: Cluster) -> None:
+    with (
+        cluster.without_leaks(),
+        grpc.insecure_channel(cluster.workers[0].address) as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        worker = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(channel)
+        unknown = health_pb2.HealthCheckRequest(service="x")
+        for turn in range(1000):
+            timeout_s = 0.0002 + turn % 20 * 0.0001
+            asked = (
+                health.Check.future(unknown, timeout=timeout_s),
+                worker.AllocateKvCache.future(_worker.AllocateKvCacheRequest(), timeout=timeout_s),
+            )
+            time.sleep(turn % 10 * 0.0001)
+            for call in asked:
+                call.cancel()
+
+
+def test_drain_of_any_kind_and_the_coordinator_after_it(
+    folder: Path, expected: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Draining is for good: a new coordinator takes the workers, and they answer as before."""
+    drained = Cluster(folder, expected)
+    tally = Tally()
+    try:
+        with grpc.insecure_channel(drained.coordinator.address) as channel:
+            (rpc,) = (rpc for rpc in rpcs(channel) if rpc.name in LASTING)
+            drained.check()
+            examine(calls(rpc, {}), 30, lambda call: make(channel, rpc, call, tally))
+        with pytest.raises(Unavailable) as refused:
+            drained.check()
+        assert refused.value.reason == "DRAINING"
+        drained.client.close()
+        assert drained.coordinator.stop() == 0
+        drained.coordinator.log.unlink()
+        drained.start()
+        drained.check()
+    finally:
+        drained.stop()
+    with capsys.disabled():
+        print(f"\n{tally.codes.total()} calls of Drain: {tally}")
+
+
+# How far a worker is led before a call that belongs there.
+STAGES = {"JoinGroup": 0, "LoadShard": 1, "AllocateKvCache": 2}
+
+
 class Led:
     """A worker alone, led by hand through what a coordinator does."""
 
@@ -174,7 +250,7 @@ class Led:
         self.stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(channel)
         config = (folder / "config.json").read_text()
         self._plan = make_plan(model_spec(json.loads(config)), 1)
-        self._load = convert.load_request(0, folder, config, self._plan)
+        self._load = convert.load_request(0, folder, config, self._plan, "safetensors")
         self.epoch = 0
 
     def requests(self, epoch: int) -> dict[str, list[Any]]:
@@ -270,7 +346,8 @@ def test_every_rpc_of_a_worker_in_any_state(
                     assert led.lead() == expected
 
                 try:
-                    examine(st.tuples(st.integers(0, 3), calls(rpc, deeper, bases)), 60, check)
+                    stage = st.sampled_from((0, 1, 2, 3, *(STAGES.get(rpc.name, 3),) * 4))
+                    examine(st.tuples(stage, calls(rpc, deeper, bases)), 60, check)
                 except Exception as error:
                     failures.append(error)
             if failures:
