@@ -603,6 +603,18 @@ class TestRequests:
         scheduler = state.scheduler
         assert (scheduler.running, scheduler.waiting, scheduler.kv_blocks_used) == (0, 0, 0)
 
+    @pytest.mark.parametrize("data", [b"\x0a\xff", b"\x0a\x02\xff\xfe"], ids=["cut", "no UTF-8"])
+    @pytest.mark.parametrize(
+        "method", ["colrow.v1.InferenceService/GetModel", "grpc.health.v1.Health/Check"]
+    )
+    def test_bytes_that_are_no_such_message_are_refused(
+        self, method: str, data: bytes, running: RunningCluster
+    ) -> None:
+        with grpc.insecure_channel(running.target) as channel:
+            call = channel.unary_unary(f"/{method}")
+            info = refusal(lambda: call(data, timeout=5), "INVALID_ARGUMENT", "request = ")
+        assert info.reason == "INVALID_FIELD"
+
     def test_an_oversized_message_is_refused(self, running: RunningCluster, model: Model) -> None:
         """By the client, which knows the limit; and by the server, if a client does not."""
         request = _inference.GenerateRequest(text="a" * (65 * 2**20))
@@ -893,7 +905,11 @@ class Worker:
         config = (self.model.folder / "config.json").read_text()
         shards = make_plan(model_spec(json.loads(config)), 1)
         request = convert.load_request(
-            self.epoch if epoch is None else epoch, self.model.folder, config, shards
+            self.epoch if epoch is None else epoch,
+            self.model.folder,
+            config,
+            shards,
+            "safetensors",
         )
         for name, value in fields.items():
             if isinstance(value, list):
