@@ -33,6 +33,8 @@ _worker_pb = shard_worker_service_pb2
 _control_pb = control_service_pb2
 _inference_pb = inference_service_pb2
 
+MAX_SCORED = 2048
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -153,12 +155,20 @@ def generate_request(
     )
 
 
+def check_count(message: _inference_pb.ScoreRequest) -> None:
+    """InvalidArgument where there are none or too many sequences to be looked at."""
+    if not message.sequences:
+        raise InvalidArgument("sequences", [], "is empty")
+    if len(message.sequences) > MAX_SCORED:
+        raise InvalidArgument(
+            "sequences", f"{len(message.sequences)} sequences", f"are more than {MAX_SCORED}"
+        )
+
+
 def score_requests(
     message: _inference_pb.ScoreRequest, request_id: str, trace: Mapping[str, str]
 ) -> list[Request]:
     """One request a sequence, which looks at its prompt only."""
-    if not message.sequences:
-        raise InvalidArgument("sequences", [], "is empty")
     return [
         Request(
             request_id=f"{request_id}-{place}",

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import grpc
 
-from colrow.errors import InvalidArgument, NotFound, ResourceExhausted
+from colrow.errors import InvalidArgument, NotFound, ResourceExhausted, shown
 from colrow.rpc import MAX_MESSAGE_BYTES, Server
 from colrow.rpc_access import AuthorizeInterceptor
 from colrow.tls import Tls
@@ -21,7 +21,7 @@ from coordinator import convert, run_layer
 from coordinator.access import Access
 from coordinator.cluster import Cluster, parse_config
 from coordinator.families import model_spec
-from coordinator.request import Request
+from coordinator.request import Request, checked_id
 from coordinator.shard_plan import make_plan
 
 _inference_pb = inference_service_pb2
@@ -35,6 +35,9 @@ SERVICES = (
 T = TypeVar("T")
 
 MAX_PLANNED_TP_SIZE = 1024
+MAX_PLANNED_SLICES = 2_000_000  # parameters times ranks: seconds of planning
+MAX_CONFIG_CHARACTERS = 2**20
+MIN_WATCH_INTERVAL_S = 0.05
 TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 
 
@@ -51,7 +54,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         served = self._cluster.config.served_model_name
         if model and model != served:
             raise NotFound(
-                f"model = {model!r}: served is {served!r}",
+                f"model = {shown(model)}: served is {served!r}",
                 reason="UNKNOWN_MODEL",
                 metadata={"field": "model", "value": model, "served": served},
             )
@@ -78,7 +81,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: _inference_pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[_inference_pb.GenerateResponse]:
         self._check_model(request.model)
-        request_id = request.request_id or uuid.uuid4().hex
+        request_id = checked_id(request.request_id or uuid.uuid4().hex, "request_id")
         trace = _trace(context)
         tokenizer = self._cluster.model.tokenizer
         with self._cluster.call() as engine:
@@ -98,11 +101,13 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> _inference_pb.ScoreResponse:
         self._check_model(request.model)
         with self._cluster.call() as engine:
+            convert.check_count(request)
             for sequence in request.sequences:
                 self._check_context(sequence)
             requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
             for one in requests:
                 engine.check(one)
+                await asyncio.sleep(0)  # which takes a while where there are many
             # Not all at once: a batch should not fill the queue and turn others away.
             turns = asyncio.Semaphore(self._cluster.config.max_running)
 
@@ -177,24 +182,46 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
     async def WatchCluster(
         self, request: _control_pb.WatchClusterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[_control_pb.WatchClusterResponse]:
-        if not 0 <= request.interval_s < float("inf"):
-            raise InvalidArgument("interval_s", request.interval_s, "is no time")
-        async for _ in self._cluster.changes(request.interval_s or None):
+        interval_s = request.interval_s
+        if interval_s and not MIN_WATCH_INTERVAL_S <= interval_s < float("inf"):
+            raise InvalidArgument(
+                "interval_s", interval_s, f"is neither 0 nor at least {MIN_WATCH_INTERVAL_S}"
+            )
+        async for _ in self._cluster.changes(interval_s or None):
             yield _control_pb.WatchClusterResponse(cluster=convert.cluster_message(self._cluster))
 
     async def PlanShards(
         self, request: _control_pb.PlanShardsRequest, context: grpc.aio.ServicerContext
     ) -> _control_pb.PlanShardsResponse:
+        # A config may come from anybody, and a plan of a large model takes a while.
+        return await asyncio.to_thread(self._plan, request)
+
+    def _plan(self, request: _control_pb.PlanShardsRequest) -> _control_pb.PlanShardsResponse:
         spec = self._cluster.model.spec
+        if len(request.config_json) > MAX_CONFIG_CHARACTERS:
+            raise InvalidArgument(
+                "config_json",
+                f"{len(request.config_json)} characters",
+                f"is longer than {MAX_CONFIG_CHARACTERS}",
+            )
         if request.config_json:
             spec = model_spec(parse_config(request.config_json))
-        if not 1 <= request.tp_size <= MAX_PLANNED_TP_SIZE:
+        tp_size = request.tp_size
+        if not 1 <= tp_size <= MAX_PLANNED_TP_SIZE:
+            raise InvalidArgument("tp_size", tp_size, f"is not in [1, {MAX_PLANNED_TP_SIZE}]")
+        if tp_size * len(spec.parameters) > MAX_PLANNED_SLICES:
             raise InvalidArgument(
-                "tp_size", request.tp_size, f"is not in [1, {MAX_PLANNED_TP_SIZE}]"
+                "tp_size",
+                tp_size,
+                f"times {len(spec.parameters)} parameters is more than {MAX_PLANNED_SLICES}",
+            )
+        if len(request.memory_weights) > tp_size:
+            raise InvalidArgument(
+                "memory_weights", f"{len(request.memory_weights)} weights", f"tp_size is {tp_size}"
             )
         plan = make_plan(
             spec,
-            request.tp_size,
+            tp_size,
             dtype=convert.dtype(request.data_type),
             memory_weights=list(request.memory_weights) or None,
         )

@@ -16,6 +16,8 @@ MAX_CONTINUATIONS = 128
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKENS = 4096
+MAX_REQUEST_ID_LENGTH = 128
 MAX_SEED = 2**64 - 1
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from one another for any n
@@ -25,6 +27,16 @@ def _check_range(name: str, value: float, low: float, high: float, *, above: boo
     """InvalidArgument unless `value` is in [low, high], or in (low, high] when `above`."""
     if not (low < value if above else low <= value) or not value <= high:  # also refuses NaN
         raise InvalidArgument(name, value, f"is not in {'(' if above else '['}{low:g}, {high:g}]")
+
+
+def checked_id(request_id: str, field: str) -> str:
+    """It goes into headers and logs. InvalidArgument where it is not fit for them."""
+    printable = request_id.isascii() and request_id.isprintable()
+    if not printable or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH:
+        raise InvalidArgument(
+            field, request_id, f"does not have 1 to {MAX_REQUEST_ID_LENGTH} printable characters"
+        )
+    return request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +119,10 @@ class Request:
         _check_range("priority", self.priority, -(2**31), 2**31 - 1)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidArgument("stop", len(self.stop), f"are more than {MAX_STOP_STRINGS} texts")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidArgument(
+                "stop_token_ids", len(self.stop_token_ids), f"are more than {MAX_STOP_TOKENS}"
+            )
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 raise InvalidArgument(
@@ -117,6 +133,7 @@ class Request:
         """The number of tokens to generate; InvalidArgument where the model can't serve it."""
         if not self.prompt:
             raise InvalidArgument("prompt", "", "is empty")
+        max_tokens = self._check_length(limits)  # before each token is looked at
         vocabulary = f"the vocabulary has {limits.vocab_size} ids"
         for name, tokens in (
             ("prompt.token_ids", self.prompt),
@@ -126,7 +143,6 @@ class Request:
             for token in tokens:
                 if not 0 <= token < limits.vocab_size:
                     raise InvalidArgument(name, token, vocabulary)
-        max_tokens = self._check_length(limits)
         if not 0 <= self.min_tokens <= max_tokens:
             raise InvalidArgument("min_tokens", self.min_tokens, f"is not in [0, {max_tokens}]")
         return max_tokens

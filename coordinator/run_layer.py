@@ -13,7 +13,7 @@ from colrow.errors import InvalidArgument
 from coordinator.model_spec import Combine, ModelSpec, ParameterSpec
 from coordinator.shard_group import Partial
 
-MAX_NOISE_TOKENS = 4096
+MAX_TOKENS = 4096
 
 ComputePartial = Callable[[str, np.ndarray], Awaitable[list[Partial]]]
 
@@ -77,8 +77,8 @@ def full_name(spec: ModelSpec, layer: int | None, module: str) -> str:
 
 def noise(spec: ModelSpec, module: str, num_tokens: int, seed: int) -> np.ndarray:
     """An input for a module: standard normal float32 [num_tokens, features], or token ids."""
-    if not 1 <= num_tokens <= MAX_NOISE_TOKENS:
-        raise InvalidArgument("num_tokens", num_tokens, f"is not in [1, {MAX_NOISE_TOKENS}]")
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        raise InvalidArgument("num_tokens", num_tokens, f"is not in [1, {MAX_TOKENS}]")
     generator = np.random.default_rng(seed)
     weight = next((p for p in spec.parameters if p.name == f"{module}.weight"), None)
     if weight and (module == spec.embedding or _is_position_embedding(weight)):
@@ -112,6 +112,8 @@ async def run(
     """Runs one module, or all of a layer's when `module` is empty."""
     name = full_name(spec, layer, module)
     x = noise(spec, name, num_tokens, seed) if activation is None else activation
+    if x.shape and x.shape[0] > MAX_TOKENS:
+        raise InvalidArgument("activation.shape", x.shape, f"are more than {MAX_TOKENS} tokens")
     whole_layer = layer is not None and not module
     if not whole_layer:
         only = await _run_module(compute_partial, name, x)

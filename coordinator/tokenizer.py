@@ -151,7 +151,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with what the tokenizer puts around one (a leading BOS, say)."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of one text: unlike `encode`, this lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def encode_chat(self, messages: Iterable[ChatMessage], options: ChatOptions = ASK) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
@@ -186,7 +188,11 @@ class Tokenizer:
         return _before_mark(text) if options.continue_final_message else text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        # Of one text: unlike `decode`, this lets other threads run meanwhile.
+        (text,) = self._backend.decode_batch(
+            [list(token_ids)], skip_special_tokens=skip_special_tokens
+        )
+        return text
 
     def token_piece(self, token_id: int) -> str:
         """The vocabulary's own name of a token; empty for an id that it does not have."""

@@ -66,6 +66,7 @@ T = TypeVar("T")
 
 EXIT_HUNG = 70
 """The exit code of a worker whose device thread hangs."""
+MAX_EPOCH = 2**63 - 1
 
 
 class State(enum.Enum):
@@ -292,6 +293,8 @@ class Executor:
                 f"epoch = {group.epoch}: still in the group of epoch {self._group.epoch}; "
                 "abort it first"
             )
+        if group.epoch > MAX_EPOCH:  # else there would be none after it
+            raise InvalidArgument("epoch", group.epoch, f"is greater than {MAX_EPOCH}")
         if not 0 <= group.rank < group.size:
             raise InvalidArgument("rank", group.rank, f"the size is {group.size}")
         if not 0 <= timeout_s < float("inf"):  # also refuses NaN
@@ -373,7 +376,11 @@ class Executor:
         A shard that is held since an earlier epoch and is still the same is not read again.
         """
         self._model_roots.check(request.model_path)
-        if not request.model_path.is_dir():
+        try:
+            exists = request.model_path.is_dir()
+        except OSError:  # a name that is too long, or a way that is closed
+            exists = False
+        if not exists:
             raise InvalidArgument(
                 "model_path", str(request.model_path), "is no folder on this worker"
             )

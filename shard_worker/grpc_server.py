@@ -51,7 +51,13 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
                 lambda progress: updates.put_nowait(convert.load_progress(progress)),
             )
         )
-        loading.add_done_callback(lambda _: updates.put_nowait(None))
+
+        def end(done: asyncio.Future[int]) -> None:
+            if not done.cancelled():
+                done.exception()  # is seen, also when the caller has gone
+            updates.put_nowait(None)
+
+        loading.add_done_callback(end)
         last = _pb.LoadShardResponse()
         with self._executor.call():
             while (update := await updates.get()) is not None:

@@ -352,6 +352,13 @@ class ModelRunner:
                     chunk.num_tokens,
                     f"{num_tokens - computed} tokens are left to compute",
                 )
+            longest = self.model.max_positions
+            if longest is not None and computed + chunk.num_tokens > longest:
+                raise InvalidArgument(
+                    f"chunks[{id}].num_tokens",
+                    chunk.num_tokens,
+                    f"{computed} tokens are computed and the model has {longest} positions",
+                )
             if computed + chunk.num_tokens > (blocks + len(chunk.new_block_ids)) * size:
                 raise InvalidArgument(
                     f"chunks[{id}].new_block_ids",

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colrow.errors import InvalidArgument, NotFound
+from colrow.errors import InvalidArgument, NotFound, shown
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.embedding import Embedding, VocabParallelEmbedding, VocabParallelLMHead
 from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear
 from shard_worker.layers.norm import LayerNorm, RMSNorm
 from shard_worker.models import Model
 from shard_worker.sharding import ShardLayout
+
+MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def _find(model: Model, name: str) -> object:
         ]
         if not merged:
             raise NotFound(
-                f"module = {name!r}: there is no {component!r}",
+                f"module = {shown(name)}: there is no {shown(component)}",
                 reason="UNKNOWN_MODULE",
                 metadata={"field": "module", "value": name},
             )
@@ -73,6 +75,11 @@ def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Te
     InvalidArgument names the shape that the module takes; NotFound, the module.
     """
     module = _find(model, name)
+    # The device does nothing else meanwhile, and attention takes the square of it.
+    if activation.dim() and activation.shape[0] > MAX_TOKENS:
+        raise InvalidArgument(
+            "activation.shape", tuple(activation.shape), f"are more than {MAX_TOKENS} tokens"
+        )
     if isinstance(module, VocabParallelEmbedding | Embedding):
         _check_ids(activation, layout.parameters[f"{name}.weight"].shape[0])
         if isinstance(module, Embedding):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CONTEXT = 256
 
@@ -107,6 +108,16 @@ def build(variation: str, folder: Path, **save: Any) -> Path:
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, **save)
     return folder
+
+
+def add_tokenizer(folder: Path, chat_template: str) -> None:
+    """One token a byte, so that any text is a prompt; its ids are below 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(chat_template)
 
 
 def oracle(folder: Path) -> Any:

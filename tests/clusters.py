@@ -60,7 +60,9 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"{self.name} did not stop:\n{self.log.read_text()}") from None
+            raise AssertionError(
+                f"{self.name} did not stop:\n{self.log.read_text(errors='replace')}"
+            ) from None
 
 
 def start(name: str, module: str, *arguments: str) -> Service:

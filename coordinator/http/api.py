@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from colrow import __version__
-from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable, shown
 from coordinator import request as engine_request
 from coordinator.cluster import Cluster, State
 from coordinator.engine import Engine
@@ -44,10 +44,9 @@ from coordinator.http.schema import (
     Version,
 )
 from coordinator.http.stream import EventStream, all_outputs, events, first_of, until_gone
-from coordinator.request import Output
+from coordinator.request import Output, checked_id
 from coordinator.tokenizer import Tokenizer, chat_length
 
-MAX_REQUEST_ID_LENGTH = 128
 TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 REQUEST_ID = "colrow.request_id"  # in the scope of a request
 
@@ -191,7 +190,7 @@ class Api:
         if model is not None and model != self._cluster.config.served_model_name:
             raise HttpError(
                 404,
-                f"The model {model!r} does not exist",
+                f"The model {shown(model)} does not exist",
                 param="model",
                 code="model_not_found",
             )
@@ -329,13 +328,3 @@ class Api:
 
 def _trace(http: Request) -> dict[str, str]:
     return {name: http.headers[name] for name in TRACE_HEADERS if name in http.headers}
-
-
-def checked_id(request_id: str, field: str) -> str:
-    """It goes into a header and into logs. InvalidArgument where it is not fit for them."""
-    printable = request_id.isascii() and request_id.isprintable()
-    if not printable or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH:
-        raise InvalidArgument(
-            field, request_id, f"does not have 1 to {MAX_REQUEST_ID_LENGTH} printable characters"
-        )
-    return request_id

@@ -12,14 +12,25 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     FailFast,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
+
+from coordinator.request import (
+    MAX_CONTINUATIONS,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+)
 
 MAX_PROMPTS = 2048
 MAX_ID_DIGITS = 10
@@ -33,15 +44,32 @@ def _refuse(problem: str) -> PydanticCustomError:
     return PydanticCustomError(INVALID, "{problem}", {"problem": problem})
 
 
-def _nothing_but(*harmless: object) -> AfterValidator:
+class _nothing_but:
     """Of a field that can't be honoured: null and these values ask for nothing."""
 
-    def check(value: object) -> object:
-        if value is not None and value not in harmless:
+    def __init__(self, *harmless: object) -> None:
+        self._harmless = harmless
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self._harmless]}
+
+    def _check(self, value: object) -> object:
+        if value is not None and value not in self._harmless:
             raise PydanticCustomError(UNSUPPORTED, "is not supported")
         return value
 
-    return AfterValidator(check)
+
+def _within(least: float, most: float, *, above: bool = False) -> Any:
+    """What the document says of a number's range; `above`: without `least`. The engine checks it."""
+    low = "exclusiveMinimum" if above else "minimum"
+    return Field(json_schema_extra={low: least, "maximum": most})
 
 
 def _is_token_ids(value: object) -> bool:
@@ -165,29 +193,31 @@ class GenerationRequest(Asked):
     """What completions and chats have in common."""
 
     model: str | None = None
-    frequency_penalty: float | None = None
+    frequency_penalty: Annotated[float | None, _within(-MAX_PENALTY, MAX_PENALTY)] = None
     logit_bias: Biases = {}
-    n: int | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
+    n: Annotated[int | None, _within(1, MAX_CONTINUATIONS)] = None
+    presence_penalty: Annotated[float | None, _within(-MAX_PENALTY, MAX_PENALTY)] = None
+    seed: Annotated[int | None, _within(-(2**63), MAX_SEED)] = None
     stop: Texts = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: Annotated[float | None, _within(0, MAX_TEMPERATURE)] = None
+    top_p: Annotated[float | None, _within(0, 1, above=True)] = None
 
     # As vLLM has them.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    top_k: Annotated[int | None, _within(-1, 2**32 - 1)] = None
+    min_p: Annotated[float | None, _within(0, 1)] = None
+    repetition_penalty: Annotated[float | None, _within(0, MAX_REPETITION_PENALTY, above=True)] = (
+        None
+    )
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: TokenIds = []
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: Annotated[Any, _nothing_but(True)] = None
-    prompt_logprobs: int | None = None
-    priority: int | None = None
+    prompt_logprobs: Annotated[int | None, _within(0, MAX_LOGPROBS)] = None
+    priority: Annotated[int | None, _within(-(2**31), 2**31 - 1)] = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -211,7 +241,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     best_of: int | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, _within(0, MAX_LOGPROBS)] = None
     max_tokens: int | None = None
     suffix: Annotated[Any, _nothing_but("")] = None
 
@@ -245,7 +275,7 @@ class ChatRequest(Asked):
 
 class ChatCompletionRequest(GenerationRequest, ChatRequest):
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, _within(0, MAX_LOGPROBS)] = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 

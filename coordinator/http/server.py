@@ -6,12 +6,16 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from colrow import __version__
 from colrow.errors import InvalidArgument, ServiceError
@@ -19,11 +23,13 @@ from colrow.tls import Tls
 from coordinator.cluster import Cluster
 from coordinator.http import errors
 from coordinator.http.access import Authorize, Guarded
-from coordinator.http.api import REQUEST_ID, Api, RenderMetrics, checked_id
+from coordinator.http.api import REQUEST_ID, Api, RenderMetrics
+from coordinator.request import checked_id
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**10  # of a request line and its headers; more is answered with 400
+REQUEST_TIMEOUT_S = 60.0
 KEEP_ALIVE_S = 65  # longer than clients keep unused connections, so that none dies under a request
 
 
@@ -85,6 +91,50 @@ def build(
     return Outermost(app if authorize is None else Guarded(app, authorize))
 
 
+class _Patient(H11Protocol):
+    """Hangs up on a client that does not send the whole of a request in time.
+
+    uvicorn waits for ever for the rest of one, so that a few clients that send slowly, or stop, could
+    hold every file that the process may open.
+    """
+
+    def __init__(self, *arguments: Any, request_timeout_s: float, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._request_timeout_s = request_timeout_s
+        self._giving_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._follow()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._follow()  # what came of the next request already
+
+    def _follow(self) -> None:
+        state, (rest, _) = self.conn.their_state, self.conn.trailing_data
+        if state is not h11.SEND_BODY and not (state is h11.IDLE and rest):
+            self._stop_waiting()  # between two requests uvicorn's own patience counts
+        elif self._giving_up is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._giving_up = self.loop.call_later(self._request_timeout_s, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+
 class _Server(uvicorn.Server):
     """One that leaves signals to the process that it runs in."""
 
@@ -97,6 +147,7 @@ class HttpServer:
     """An ASGI app on a port, in the running event loop; over TLS where it is given some.
 
     With `client_certificates` only those are heard whose certificate is of a CA in `tls`.
+    `request_timeout_s` is how long a client may take to send a request.
     """
 
     def __init__(
@@ -106,11 +157,12 @@ class HttpServer:
         stop_grace_s: int,
         tls: Tls | None = None,
         client_certificates: bool = False,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
         context = tls and tls.server_context(client_certificates=client_certificates)
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=partial(_Patient, request_timeout_s=request_timeout_s),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -8,6 +8,14 @@ from collections.abc import Mapping
 
 DOMAIN = "colrow"
 
+MAX_SHOWN = 200  # characters
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: of a long one the beginning."""
+    text = repr(value)
+    return f"{text[:MAX_SHOWN]}…" if len(text) > MAX_SHOWN else text
+
 
 class ServiceError(Exception):
     """An error with a canonical code, for the caller of a service.
@@ -41,10 +49,8 @@ class InvalidArgument(ServiceError, ValueError):
     reason = "INVALID_FIELD"
 
     def __init__(self, field: str, value: object, problem: str) -> None:
-        shown = repr(value)
-        if len(shown) > 200:
-            shown = f"{shown[:200]}…"
-        super().__init__(f"{field} = {shown}: {problem}", metadata={"field": field, "value": shown})
+        text = shown(value)
+        super().__init__(f"{field} = {text}: {problem}", metadata={"field": field, "value": text})
         self.field = field
 
 

@@ -7,11 +7,14 @@ back as exceptions. See the gRPC health checking protocol and AIP-193; who may c
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024  # of one call, as gRPC counts it: 32 bytes an entry come on top
+MAX_ERROR_BYTES = 1200  # of an error's message, which is sent twice and once with escapes
+MAX_DETAIL_BYTES = 300  # of a value in an ErrorInfo
 
 LIVENESS = "liveness"
 """A name for health checks: SERVING as long as the process answers, ready or not."""
@@ -76,11 +81,19 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
 
+def _cut(text: str, num_bytes: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= num_bytes else data[:num_bytes].decode(errors="ignore") + "…"
+
+
 def status_of(error: ServiceError) -> Any:
-    """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata."""
-    details = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    ]
+    """The `google.rpc.Status` of an error, as grpc_status carries it in trailing metadata.
+
+    Long texts are cut: clients drop metadata of more than 8 KiB, and the error with it.
+    """
+    metadata = {key: _cut(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()}
+    message = _cut(error.message, MAX_ERROR_BYTES)
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
@@ -90,9 +103,7 @@ def status_of(error: ServiceError) -> Any:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     return rpc_status.to_status(
-        status_pb2.Status(
-            code=code_pb2.Code.Value(error.code), message=error.message, details=packed
-        )
+        status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=packed)
     )
 
 
@@ -136,7 +147,11 @@ def wrapped(handler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls that raise a `ServiceError` with its status, and bugs with INTERNAL and a log."""
+    """Ends calls that raise a `ServiceError` with its status, and bugs with INTERNAL and a log.
+
+    Requests are parsed in here too: gRPC answers bytes that are no such message with UNKNOWN, and theirs
+    is INVALID_ARGUMENT.
+    """
 
     async def intercept_service(
         self,
@@ -145,10 +160,32 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith("/colrow."):
-            return handler
-        wrap = _guard_stream if handler.response_streaming else _guard_unary
-        return wrapped(handler, lambda behaviour: wrap(behaviour, method))
+        if handler is None:
+            return None
+        behaviour = handler.stream_stream or handler.unary_stream or handler.unary_unary
+        yields = inspect.isasyncgenfunction(behaviour)
+        if handler.response_streaming and not yields and method.startswith("/colrow."):
+            raise TypeError(f"{method}: a streaming response must be an async generator")
+        guard = _guard_stream if yields else _guard_unary
+        parse = partial(
+            _parsed_stream if handler.request_streaming else _parsed, handler.request_deserializer
+        )
+        as_it_comes = handler._replace(request_deserializer=None)
+        return wrapped(as_it_comes, lambda behaviour: guard(behaviour, method, parse))
+
+
+def _parsed(deserialize: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return deserialize(data)
+    except DecodeError as error:
+        raise InvalidArgument("request", f"{len(data)} bytes", str(error)) from error
+
+
+async def _parsed_stream(
+    deserialize: Callable[[bytes], Any], stream: AsyncIterator[bytes]
+) -> AsyncIterator[Any]:
+    async for data in stream:
+        yield _parsed(deserialize, data)
 
 
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
@@ -166,34 +203,33 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exceptio
     await context.abort_with_status(status_of(error))
 
 
-def _guard_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _guard_unary(
+    behaviour: Callable[..., Any], method: str, parse: Callable[[Any], Any]
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await behaviour(request, context)
-        except grpc.aio.AbortError:
-            raise
+            return await behaviour(parse(request), context)
+        except (grpc.aio.AbortError, grpc.aio.InternalError):
+            raise  # the call was ended in there already, or its client has gone
         except Exception as error:
             await _abort(context, method, error)
 
     return guarded
 
 
-def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
-    if not inspect.isasyncgenfunction(behaviour):
-        raise TypeError(f"{method}: a streaming response must be an async generator")
-
+def _guard_stream(
+    behaviour: Callable[..., Any], method: str, parse: Callable[[Any], Any]
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        responses = behaviour(request, context)
         try:
-            async for response in responses:
-                yield response
-        except grpc.aio.AbortError:
-            raise
+            # Closed now and not when the garbage collector comes by: what it holds is freed.
+            async with aclosing(behaviour(parse(request), context)) as responses:
+                async for response in responses:
+                    yield response
+        except (grpc.aio.AbortError, grpc.aio.InternalError):
+            raise  # the call was ended in there already, or its client has gone
         except Exception as error:
             await _abort(context, method, error)
-        finally:
-            # Now and not when the garbage collector comes by: what the generator holds is freed.
-            await responses.aclose()
 
     return guarded
 

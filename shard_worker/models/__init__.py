@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from colrow.errors import InvalidArgument
+from colrow.errors import InvalidArgument, ServiceError
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.embedding import VocabParallelLMHead
 from shard_worker.models.gpt2 import GPT2
@@ -24,6 +24,8 @@ class Model(Protocol):
     num_kv_heads: int
     """KV heads of this rank."""
     head_dim: int
+    max_positions: int | None
+    """Tokens of the longest sequence; None where any position can be computed."""
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """-> [num_tokens, hidden], normalised: what the LM head takes"""
@@ -47,7 +49,14 @@ def build(config: Mapping[str, Any], tensors: ShardTensors) -> Model:
         raise InvalidArgument(
             "config.architectures", architecture, f"supported are {', '.join(sorted(FAMILIES))}"
         )
-    model = FAMILIES[architecture](config, tensors)
+    try:
+        model = FAMILIES[architecture](config, tensors)
+    except ServiceError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # A coordinator has checked its config; this one has not.
+        problem = f"no model can be built of it: {type(error).__name__}: {error}"
+        raise InvalidArgument("config_json", dict(config), problem) from error
     tensors.check_all_taken()
     return model
 

@@ -105,6 +105,8 @@ class GPT2:
 
     def __init__(self, config: Mapping[str, Any], tensors: ShardTensors) -> None:
         self.num_layers = config["n_layer"]
+        positions = tensors.layout.parameters["transformer.wpe.weight"]
+        self.max_positions: int | None = positions.shape[0]
         self.num_kv_heads = tensors.layout.num_units("kv_heads")
         self.head_dim = config["n_embd"] // config["n_head"]
         self.transformer = GPT2Model(config, tensors, self.head_dim)

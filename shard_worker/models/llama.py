@@ -141,6 +141,7 @@ class Llama:
 
     def __init__(self, config: Mapping[str, Any], tensors: ShardTensors) -> None:
         self.num_layers = config["num_hidden_layers"]
+        self.max_positions: int | None = None
         self.num_kv_heads = tensors.layout.num_units("kv_heads")
         self.head_dim = (
             config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

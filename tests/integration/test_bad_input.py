@@ -25,7 +25,6 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from client import Colrow
 from client.grpc_client import array
@@ -82,12 +81,7 @@ class Model:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = checkpoints.build("smollm2", tmp_path_factory.mktemp("model"))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    checkpoints.add_tokenizer(folder, CHAT_TEMPLATE)
     reference = checkpoints.oracle(folder)
     return Model(folder, checkpoints.greedy(reference, PROMPT, NUM_TOKENS))
 
@@ -609,6 +603,18 @@ class TestRequests:
         scheduler = state.scheduler
         assert (scheduler.running, scheduler.waiting, scheduler.kv_blocks_used) == (0, 0, 0)
 
+    @pytest.mark.parametrize("data", [b"\x0a\xff", b"\x0a\x02\xff\xfe"], ids=["cut", "no UTF-8"])
+    @pytest.mark.parametrize(
+        "method", ["colrow.v1.InferenceService/GetModel", "grpc.health.v1.Health/Check"]
+    )
+    def test_bytes_that_are_no_such_message_are_refused(
+        self, method: str, data: bytes, running: RunningCluster
+    ) -> None:
+        with grpc.insecure_channel(running.target) as channel:
+            call = channel.unary_unary(f"/{method}")
+            info = refusal(lambda: call(data, timeout=5), "INVALID_ARGUMENT", "request = ")
+        assert info.reason == "INVALID_FIELD"
+
     def test_an_oversized_message_is_refused(self, running: RunningCluster, model: Model) -> None:
         """By the client, which knows the limit; and by the server, if a client does not."""
         request = _inference.GenerateRequest(text="a" * (65 * 2**20))
@@ -899,7 +905,11 @@ class Worker:
         config = (self.model.folder / "config.json").read_text()
         shards = make_plan(model_spec(json.loads(config)), 1)
         request = convert.load_request(
-            self.epoch if epoch is None else epoch, self.model.folder, config, shards
+            self.epoch if epoch is None else epoch,
+            self.model.folder,
+            config,
+            shards,
+            "safetensors",
         )
         for name, value in fields.items():
             if isinstance(value, list):
@@ -1071,6 +1081,12 @@ class TestAWorkerOutOfOrder:
 
 
 class TestJoining:
+    def test_an_epoch_that_nothing_could_follow(self, worker: Worker) -> None:
+        request = _worker.JoinGroupRequest(
+            epoch=2**64 - 1, size=1, transport=_worker.TRANSPORT_SINGLE
+        )
+        refusal(lambda: worker.stub.JoinGroup(request, timeout=5), "INVALID_ARGUMENT", "epoch")
+
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
@@ -1160,6 +1176,18 @@ class TestLoading:
         ("fields", "words"),
         [
             ({"model_path": "/nowhere"}, ("model_path = '/nowhere'", "no folder")),
+            ({"model_path": "/" + "x" * 5000}, ("model_path = '/xxx", "no folder")),
+            (
+                {"config_json": '{"architectures": ["LlamaForCausalLM"]}'},
+                ("config_json", "no model can be built of it", "KeyError"),
+            ),
+            (
+                {
+                    "config_json": '{"architectures": ["LlamaForCausalLM"], "hidden_size": 0.5, '
+                    '"num_hidden_layers": "x", "num_attention_heads": 1}'
+                },
+                ("config_json", "no model can be built of it", "TypeError"),
+            ),
             ({"config_json": "{"}, ("config_json = '{'",)),
             ({"config_json": "[" * 100_000}, ("config_json",)),
             ({"config_json": "[]"}, ("config_json = '[]'", "no JSON object")),

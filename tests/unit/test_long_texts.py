@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ def servicer(tokenizer: Tokenizer) -> InferenceServicer:
     model = SimpleNamespace(tokenizer=tokenizer)
     config = SimpleNamespace(served_model_name="model")
     cluster = SimpleNamespace(
-        model=model, config=config, engine=None, context_length=CONTEXT_LENGTH
+        model=model, config=config, call=nullcontext, context_length=CONTEXT_LENGTH
     )
     return InferenceServicer(cast(Cluster, cluster))
 

@@ -59,6 +59,7 @@ class ToyModel:
     """
 
     num_layers, num_kv_heads, head_dim = 1, 1, HIDDEN
+    max_positions = 700
 
     def __init__(self, start: int, stop: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -358,6 +359,14 @@ def test_a_step_that_does_not_fit_changes_nothing(
     assert caught.value.metadata["field"] == field
     worker.step({1: 1})
     assert worker.tokens[1] == alone().generate(new(1, prompt(5)), 2)
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused() -> None:
+    runner = alone().runner
+    longer = ToyModel.max_positions + 1
+    blocks = [0] * longer  # one may stand in a table more than once, so the cache sets no limit
+    with pytest.raises(InvalidArgument, match="the model has 700 positions"):
+        runner.launch(Step(1, (), [new(1, prompt(longer))], [Chunk(1, longer, blocks)]))
 
 
 # Log-probabilities
