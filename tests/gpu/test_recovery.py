@@ -1,0 +1,38 @@
+"""A worker on a GPU is killed in the midst of a stream, and the stream goes on with the same tokens."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoints
+from tests.clusters import WorkerPool, cluster, start
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_TOKENS = 160
+PROMPT = list(range(40, 70))
+
+
+def test_a_killed_worker_fails_no_stream(tmp_path: Path) -> None:
+    folder = checkpoints.build("smollm2", tmp_path / "smollm2")
+    pool = WorkerPool(devices=["cuda:0"])
+    settings = {"max_tokens": NUM_TOKENS, "temperature": 0, "timeout_s": 120}
+    try:
+        with cluster(pool, folder, 1) as running:
+            undisturbed = [
+                t for p in running.client.generate(PROMPT, **settings) for t in p.token_ids
+            ]
+            tokens: list[int] = []
+            for piece in running.client.generate(PROMPT, **settings):
+                if len(tokens) < NUM_TOKENS // 4 <= len(tokens) + len(piece.token_ids):
+                    (worker,) = pool.services
+                    worker.process.send_signal(signal.SIGKILL)
+                    worker.process.wait()
+                    again = ("--port", str(worker.port), "--device", "cuda:0")
+                    pool.services[0] = start("worker0", "shard_worker", *again)
+                tokens += piece.token_ids
+            assert tokens == undisturbed
+            assert running.client.cluster().recoveries == 1
+    finally:
+        pool.stop()
