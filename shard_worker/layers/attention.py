@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
@@ -61,7 +60,10 @@ class Attention:
         n, context_len = q.shape[0], k.shape[0]
         mask: Tensor | None = None
         if q.is_cuda and q.dtype != torch.float32 and self.window is None and num_computed:
-            # A mask that says how it is made: the fast kernels take no other.
+            # A mask that says how it is made: the fast kernels take no other. It brings torch's compiler
+            # along, 70 MiB and a second that a CPU worker has no use for.
+            from torch.nn.attention.bias import causal_lower_right
+
             mask = causal_lower_right(n, context_len)
         elif self.window is not None or num_computed:
             positions = torch.arange(num_computed, num_computed + n, device=q.device).unsqueeze(1)

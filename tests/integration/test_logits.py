@@ -88,7 +88,7 @@ class RecordingModel:
         self.model = model
         self.lm_head = model.lm_head
         self.num_layers, self.num_kv_heads = model.num_layers, model.num_kv_heads
-        self.head_dim = model.head_dim
+        self.head_dim, self.max_positions = model.head_dim, model.max_positions
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         self.hidden = self.model(batch)

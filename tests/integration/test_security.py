@@ -479,21 +479,21 @@ def resident(service: Service) -> int:
 
 
 def test_streams_that_nobody_reads_do_not_pile_up(secured: Secured) -> None:
-    """A cluster's state, sent about a thousand times a second to each of ten that don't read."""
+    """A cluster's state, sent as often as can be asked for to each of forty that don't read."""
     with secured.connect() as colrow:
         size = len(colrow.cluster().SerializeToString())
-        request = control_service_pb2.WatchClusterRequest(interval_s=0.001)
+        request = control_service_pb2.WatchClusterRequest(interval_s=0.05)
         before = resident(secured.coordinator)
-        unread = [colrow.control.WatchCluster(request) for _ in range(10)]
+        unread = [colrow.control.WatchCluster(request) for _ in range(40)]
         with secured.connect() as reading:
             counted = 0
-            for counted, _ in enumerate(reading.watch(interval_s=0.001), 1):
-                if counted == 1000:
+            for counted, _ in enumerate(reading.watch(interval_s=0.05), 1):
+                if counted == 250:
                     break
         grown = resident(secured.coordinator) - before
         for stream in unread:
             stream.cancel()
-    assert grown < 10 * 1000 * size / 4, f"{grown} bytes for messages of {size}"
+    assert grown < 40 * 250 * size / 4, f"{grown} bytes for messages of {size}"
     secured.check_serves()
 
 
