@@ -213,16 +213,19 @@ def test_a_dead_endpoint_slows_nothing_and_says_so_little(
 ) -> None:
     traces = Tracing.open(request.getfixturevalue(kind), "some/model")
     with caplog.at_level(logging.INFO):
-        longest = 0.0
+        times = []
         for _ in range(1500):  # three times what the queue holds
             began = time.perf_counter()
             traces.ended(ended())
-            longest = max(longest, time.perf_counter() - began)
+            times.append(time.perf_counter() - began)
         time.sleep(2)  # for a retry or two
         began = time.monotonic()
         traces.close(timeout_s=1.0)
         assert time.monotonic() - began < 4
-    assert longest < 0.5
+    # A machine that does other things may stop anything for a second, now and then; who waits for an
+    # endpoint does so each time, once the queue is full.
+    assert sorted(times)[-10] < 0.1
+    assert max(times) < 3
     complaints = [one for one in caplog.records if one.levelno >= logging.INFO]
     assert len(complaints) <= 2, [one.getMessage() for one in complaints]
     assert not any(one.exc_info for one in complaints)
