@@ -42,7 +42,7 @@ def serve(
         typer.Option(
             min=1,
             help="KV cache of each rank, at most.",
-            show_default="512 on a CPU; what a GPU has left",
+            show_default=f"{coordinator_config.DEFAULT_CPU_CACHE_MIB} on a CPU; what a GPU has left",
         ),
     ] = None,
     block_size: Annotated[

@@ -19,7 +19,7 @@ from colrow.errors import (
     Unavailable,
 )
 from coordinator.block_manager import BlockManager
-from coordinator.config import CoordinatorConfig
+from coordinator.config import DEFAULT_CPU_CACHE_MIB, CoordinatorConfig
 from coordinator.engine import Engine, Observer
 from coordinator.families import Fields, model_spec
 from coordinator.model_spec import ModelSpec
@@ -36,7 +36,6 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 CHARACTERS_A_TOKEN = 16  # at most, in a text of many; texts have 4 or 5
 STATUS_TIMEOUT_S = 2.0
-DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 RECOVERY_ATTEMPT_S = 10.0  # for lost workers to be back, before it is tried anew
 RECOVERY_PAUSE_S = 0.2
 GIVEN_UP_RETRY_S = 10.0
@@ -390,7 +389,7 @@ class Cluster:
         if config.kv_cache_bytes is not None:
             return config.kv_cache_bytes
         if not description.is_gpu:
-            return DEFAULT_CPU_CACHE_BYTES
+            return DEFAULT_CPU_CACHE_MIB * 2**20
         kept = int((1 - config.gpu_memory_utilization) * description.memory_total_bytes)
         return max(description.memory_available_bytes - kept, 0)
 

@@ -10,6 +10,7 @@ from colrow.logs import FORMATS
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MAX_RUNNING = 256
+DEFAULT_CPU_CACHE_MIB = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kv-cache-mib",
         type=int,
-        help="KV cache of each rank, at most (default: 512 on a CPU; on a GPU what is left, see "
-        "--gpu-memory-utilization)",
+        help=f"KV cache of each rank, at most (default: {DEFAULT_CPU_CACHE_MIB} on a CPU; on a GPU "
+        "what is left, see --gpu-memory-utilization)",
     )
     add(
         "--gpu-memory-utilization",

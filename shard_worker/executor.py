@@ -560,6 +560,8 @@ class Executor:
                 comm.close()
             if runner is not None:
                 runner.close()
+            # Who joins next sizes its cache by what is free now.
+            self._measure_memory()
 
         async def leave() -> None:
             try:

@@ -190,11 +190,6 @@ class _Span:
     at: int
 
     @property
-    def is_decode(self) -> bool:
-        """One token, which the device has."""
-        return self.stop == self.start + 1 and self.start > 0
-
-    @property
     def samples(self) -> bool:
         return self.stop == self.sequence.num_tokens
 
@@ -250,7 +245,7 @@ class ModelRunner:
         if not spans:
             return Launched(step, watch, (), self.last_tokens[:0], ())
         self._set_known_tokens(decodes)
-        if (replayed := self._replay(spans, sampling)) is not None:
+        if (replayed := self._replay(prefills, decodes, sampling)) is not None:
             tokens, logprobs = replayed
         else:
             batch = self._batch(prefills, decodes)
@@ -276,9 +271,10 @@ class ModelRunner:
         self._sequences.clear()
 
     def _replay(
-        self, spans: Sequence[_Span], sampling: Sequence[_Span]
+        self, prefills: list[_Span], decodes: list[_Span], sampling: Sequence[_Span]
     ) -> tuple[Tensor, list[SequenceLogprobs]] | None:
         """The step as one graph, if there is one for it."""
+        spans = prefills + decodes
         # A prompt's log-probabilities need its hidden states, which a graph does not give.
         if self.graphs is None or any(self._foretells_prompt(span) for span in spans):
             return None
@@ -287,10 +283,13 @@ class ModelRunner:
                 span.sequence.row,
                 span.start,
                 span.stop,
-                None if span.is_decode else span.sequence.token_ids,
+                token_ids,
                 span.sequence.block_ids,
             )
-            for span in spans
+            for span, token_ids in (
+                *((span, span.sequence.token_ids) for span in prefills),
+                *((span, None) for span in decodes),  # the device has it
+            )
         ]
         if not self.graphs.fit(chunks):
             return None
