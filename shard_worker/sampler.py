@@ -50,7 +50,7 @@ class Sampler:
         self.tp = tp
         self.rank_sizes = tuple(rank_sizes)
         self.device = device
-        self.vocabulary = Vocabulary(tp, self.rank_sizes, start, tp.stats("sampler", "all_gather"))
+        self.vocabulary = Vocabulary(tp, self.rank_sizes, start, tp.collectives("sampler"))
         self.truncation = Truncation(self.vocabulary)
         self.logprobs = Logprobs(self.vocabulary)
 

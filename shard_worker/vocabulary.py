@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shard_worker.sharding import OpStats, TensorParallel
+from shard_worker.sharding import Collectives, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +15,7 @@ class Vocabulary:
     tp: TensorParallel
     rank_sizes: tuple[int, ...]
     start: int
-    gathered: OpStats
-    """Where exchanges are counted."""
+    collectives: Collectives
 
     @property
     def stop(self) -> int:
@@ -28,8 +27,7 @@ class Vocabulary:
 
     def gather(self, x: Tensor, widths: Sequence[int] | None = None) -> Tensor:
         """[num_rows, widths[rank]] -> [num_rows, sum(widths)]; without `widths` one column a rank."""
-        self.gathered.count(x)
-        return self.tp.comm.all_gather(x, widths or (1,) * self.tp.size)
+        return self.collectives.all_gather(x, widths or (1,) * self.tp.size)
 
     def gather_equal(self, x: Tensor) -> Tensor:
         """[num_rows, width], of one width on all ranks -> [num_rows, size, width]"""

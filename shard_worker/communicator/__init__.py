@@ -86,6 +86,13 @@ class Communicator(ABC):
         self.size = size
         self.op_timeout_s = op_timeout_s
 
+    def all_reduce_path(self, num_bytes: int) -> str:
+        """By which way an all-reduce of so many bytes goes: the transport, where that has but one.
+
+        An all-gather always goes by the transport itself.
+        """
+        return self.transport
+
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, IN PLACE; returns x itself.

@@ -15,7 +15,7 @@ class VocabParallelEmbedding:
         self.tp = tensors.tp
         self.weight = tensors.take(f"{module}.weight")
         self.start, self.stop = tensors.layout.ranges["vocab"]
-        self._reduced = tensors.tp.stats(module, "all_reduce")
+        self._collectives = tensors.tp.collectives(module)
 
     def partial(self, token_ids: Tensor) -> Tensor:
         """[num_tokens] -> [num_tokens, hidden], zero where another rank has the token"""
@@ -28,9 +28,7 @@ class VocabParallelEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[num_tokens] -> [num_tokens, hidden], equal on all ranks"""
-        partial = self.partial(token_ids)
-        self._reduced.count(partial)
-        return self.tp.comm.all_reduce(partial)
+        return self._collectives.all_reduce(self.partial(token_ids))
 
 
 class Embedding:

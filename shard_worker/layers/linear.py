@@ -108,7 +108,7 @@ class RowParallelLinear(_Linear):
         super().__init__(tensors, prefix, (name,), transposed)
         weight = f"{prefix}.{name}.weight"
         # Communication is counted by layer: "model.layers.3" for "model.layers.3.mlp".
-        self._reduced = tensors.tp.stats(prefix.rpartition(".")[0] or prefix, "all_reduce")
+        self._collectives = tensors.tp.collectives(prefix.rpartition(".")[0] or prefix)
         (self._columns,) = tensors.layout.slices(weight)
         self._whole_inputs = tensors.layout.parameters[weight].shape[0 if transposed else 1]
 
@@ -119,8 +119,7 @@ class RowParallelLinear(_Linear):
 
     def reduce(self, partial: Tensor) -> Tensor:
         """Sums the ranks' terms in place: [num_tokens, outputs]"""
-        self._reduced.count(partial)
-        return self.tp.comm.all_reduce(partial)
+        return self._collectives.all_reduce(partial)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, inputs of this rank] -> [num_tokens, outputs], equal on all ranks"""

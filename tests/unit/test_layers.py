@@ -541,8 +541,8 @@ def test_communication_is_counted_by_layer_and_from_each_join_anew() -> None:
     ]
     fill(tensors, parameters)
 
-    def counted() -> list[tuple[str, str, int, int]]:
-        return [(s.module, s.operation, s.calls, s.payload_bytes) for s in tp.all_stats()]
+    def counted() -> list[tuple[str, str, str, int, int]]:
+        return [(s.module, s.operation, s.path, s.calls, s.payload_bytes) for s in tp.all_stats()]
 
     def run() -> None:
         x = embedding(torch.tensor([0, 5, 100]))
@@ -552,13 +552,13 @@ def test_communication_is_counted_by_layer_and_from_each_join_anew() -> None:
     run()
     size = 3 * 12 * 4  # bytes of three tokens
     expected = [
-        ("model.embed_tokens", "all_reduce", 1, size),
-        ("model.layers.0", "all_reduce", 2, 2 * size),
-        ("model.layers.1", "all_reduce", 2, 2 * size),
+        ("model.embed_tokens", "all_reduce", "single", 1, size),
+        ("model.layers.0", "all_reduce", "single", 2, 2 * size),
+        ("model.layers.1", "all_reduce", "single", 2, 2 * size),
     ]
     assert counted() == expected
     tp.renew(SingleCommunicator())
-    assert counted() == [(module, op, 0, 0) for module, op, *_ in expected]
+    assert counted() == []
     run()
     assert counted() == expected
 
@@ -612,13 +612,34 @@ def test_layer_norm_is_that_of_torch(dtype: torch.dtype, eps: float) -> None:
     assert_close(norm(x), expected.to(dtype))
 
 
+class TwoPaths(SingleCommunicator):
+    """Small sums go another way."""
+
+    def all_reduce_path(self, num_bytes: int) -> str:
+        return "aside" if num_bytes <= 8 else self.transport
+
+
+def test_collectives_are_counted_by_the_path_that_they_take() -> None:
+    tp = TensorParallel(0, 1, TwoPaths())
+    layer = tp.collectives("model.layers.0")
+    for count in (1, 2, 3):
+        x = torch.ones(count)
+        assert layer.all_reduce(x) is x
+    assert layer.all_gather(torch.ones(1), (1,)).tolist() == [1]
+    assert [(s.operation, s.path, s.calls, s.payload_bytes) for s in tp.all_stats()] == [
+        ("all_reduce", "aside", 2, 4 + 8),
+        ("all_reduce", "single", 1, 12),
+        ("all_gather", "single", 1, 4),
+    ]
+
+
 def test_what_is_captured_counts_when_it_is_replayed() -> None:
-    tp = TensorParallel(0, 2, SingleCommunicator())
-    reduced = tp.stats("model.layers.0", "all_reduce")
-    reduced.count(torch.zeros(3))
+    tp = TensorParallel(0, 1, SingleCommunicator())
+    layer, sampler = tp.collectives("model.layers.0"), tp.collectives("sampler")
+    layer.all_reduce(torch.zeros(3))
     before = tp.all_stats()
-    reduced.count(torch.zeros(5))
-    tp.stats("sampler", "all_gather").count(torch.zeros(2))
+    layer.all_reduce(torch.zeros(5))
+    sampler.all_gather(torch.zeros(2), (2,))
     captured = tp.take_back(before)
     assert [(s.calls, s.payload_bytes) for s in tp.all_stats()] == [(1, 12), (0, 0)]
     tp.count(captured)

@@ -553,8 +553,8 @@ def test_communication_is_told_by_operation_and_module() -> None:
         resident_bytes=0,
         file_bytes_read=0,
         communication=[
-            OpStats("model.layers.3", "all_reduce", 2, 64),
-            OpStats("sampler", "all_gather"),
+            OpStats("model.layers.3", "all_reduce", "shm", 2, 64),
+            OpStats("sampler", "all_gather", "shm"),
         ],
     )
     told = [

@@ -245,7 +245,7 @@ def test_greedy_with_infinite_logits(sizes: Sequence[int]) -> None:
 def test_greedy_rows_alone_make_one_exchange() -> None:
     def exchanges(tp: TensorParallel) -> tuple[int, int]:
         Sampler(tp, (5, 5), 5 * tp.rank)(torch.zeros(3, 5), [Draw(GREEDY, 0)] * 3)
-        stats = tp.stats("sampler", "all_gather")
+        (stats,) = tp.all_stats()
         return stats.calls, stats.payload_bytes
 
     assert run_ranks(2, exchanges) == [(1, 3 * 2 * 4)] * 2
