@@ -23,6 +23,10 @@ setup(
     ],
     # The contract's package lies beside the protos it is generated from.
     package_dir={"colrow": "protos/colrow"},
-    package_data={"colrow": ["py.typed"], "colrow.v1": ["*.pyi", "*.proto"]},
+    package_data={
+        "colrow": ["py.typed"],
+        "colrow.v1": ["*.pyi", "*.proto"],
+        "shard_worker.communicator": ["*.cu"],
+    },
     cmdclass={"build_py": BuildWithStubs},
 )

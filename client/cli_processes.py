@@ -60,9 +60,10 @@ def serve(
     ] = _DEFAULTS.max_running,
     memory_weights: MemoryWeights = None,
     transport: Annotated[
-        Literal["auto", "shm", "gloo", "nccl"],
+        Literal["auto", "shm", "gloo", "nccl", "peer"],
         typer.Option(
-            help="How workers exchange activations; auto is NCCL between GPUs, else shared memory."
+            help="How workers exchange activations; auto is peer (NCCL, and for small sums each "
+            "other's memory) between GPUs, else shm."
         ),
     ] = "auto",
     load_format: Annotated[

@@ -235,6 +235,8 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
         recovered = f"; formed anew {cluster.recoveries} times, in {took} the last time"
     table.add_row("epoch", f"{cluster.epoch}{recovered}")
     table.add_row("transport", transport_name(cluster))
+    for note in link_notes(cluster):
+        table.add_row("", escape(note))
     table.add_row("version", cluster.version)
     if cluster.HasField("scheduler"):
         table.add_row("requests", f"{scheduler.running} running, {scheduler.waiting} waiting")
@@ -368,6 +370,16 @@ def communication_by_module_table(cluster: control_service_pb2.Cluster) -> Table
             ),
         )
     return table
+
+
+def link_notes(cluster: control_service_pb2.Cluster) -> list[str]:
+    """Which ranks do not reach each other as they should."""
+    return [
+        f"rank {worker.rank} reaches rank {link.rank} by {link.path}: {link.note}"
+        for worker in cluster.workers
+        for link in worker.description.links
+        if link.note
+    ]
 
 
 def transport_name(cluster: control_service_pb2.Cluster) -> str:

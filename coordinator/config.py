@@ -81,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the checkpoint's")
     add(
         "--transport",
-        choices=("auto", "shm", "gloo", "nccl"),
+        choices=("auto", "shm", "gloo", "nccl", "peer"),
         default="auto",
-        help="how workers exchange activations; auto is NCCL between GPUs, shared memory where CPU "
-        "workers share a host",
+        help="how workers exchange activations; on one host auto is peer between GPUs (NCCL, and for "
+        "small sums each other's memory) and shm between CPUs, across hosts nccl and gloo",
     )
     add(
         "--memory-weights",

@@ -27,7 +27,7 @@ from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.shard_group import Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
 from coordinator.tokenizer import ChatMessage, Tokenizer, chat_length
-from coordinator.worker_status import OpStats, Phase, WorkerDescription, WorkerStatus
+from coordinator.worker_status import Link, OpStats, Phase, WorkerDescription, WorkerStatus
 
 _worker_pb = shard_worker_service_pb2
 _control_pb = control_service_pb2
@@ -70,6 +70,7 @@ _TRANSPORT_VALUES = {
     "shm": _worker_pb.TRANSPORT_SHARED_MEMORY,
     "gloo": _worker_pb.TRANSPORT_GLOO,
     "nccl": _worker_pb.TRANSPORT_NCCL,
+    "peer": _worker_pb.TRANSPORT_PEER,
 }
 _LOAD_FORMAT_VALUES = {
     "safetensors": _worker_pb.LOAD_FORMAT_SAFETENSORS,
@@ -432,7 +433,12 @@ def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescripti
             OpStats(s.operation, s.module, s.calls, s.payload_bytes) for s in message.communication
         ),
         supported_architectures=tuple(message.supported_architectures),
+        links=links(message.links),
     )
+
+
+def links(messages: Iterable[_worker_pb.Link]) -> tuple[Link, ...]:
+    return tuple(Link(link.rank, link.path, link.note) for link in messages)
 
 
 def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescription:
@@ -450,6 +456,9 @@ def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescript
             for s in worker.communication
         ],
         supported_architectures=worker.supported_architectures,
+        links=[
+            _worker_pb.Link(rank=link.rank, path=link.path, note=link.note) for link in worker.links
+        ],
     )
 
 

@@ -23,13 +23,15 @@ from colrow.errors import (
 )
 from coordinator.scheduler import Step, StepOutput
 from coordinator.shard_plan import ShardPlan
-from coordinator.worker_status import LoadProgress, Phase, WorkerDescription, WorkerStatus
+from coordinator.worker_status import Link, LoadProgress, Phase, WorkerDescription, WorkerStatus
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 JOIN_TIMEOUT_S = 30.0
+MAX_PEERS = 8
+"""Ranks that write to each other's memory; more are joined by NCCL alone."""
 HEARTBEAT_INTERVAL_S = 0.5
 TAKEN = "WORKER_TAKEN"
 
@@ -53,6 +55,14 @@ class Partial:
     columns: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What a worker answers to `join`: the group's communicator id, and how to open its memory."""
+
+    communicator_id: bytes
+    peer_memory: bytes = b""
+
+
 class Worker(Protocol):
     """One worker's side of the contract. Every method raises `ServiceError`."""
 
@@ -68,7 +78,10 @@ class Worker(Protocol):
         transport: str,
         communicator_id: bytes,
         timeout_s: float,
-    ) -> bytes: ...
+    ) -> Joined: ...
+    async def connect_peers(
+        self, *, epoch: int, peer_memories: Sequence[bytes], timeout_s: float
+    ) -> tuple[Link, ...]: ...
     async def load(
         self,
         *,
@@ -210,7 +223,8 @@ class ShardGroup:
                 )
 
     def choose_transport(self, wanted: str | None) -> str:
-        """NCCL between GPUs; else shared memory where all ranks share a host, Gloo where they don't.
+        """Between GPUs peer memory where all ranks share a host, else NCCL; between CPUs shared memory,
+        else Gloo.
 
         `wanted` decides first. FailedPrecondition where the workers can't use it.
         """
@@ -221,18 +235,23 @@ class ShardGroup:
             raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({devices})")
         if self.size == 1:
             return "single"
-        if True in on_gpu:
-            if wanted not in (None, "nccl"):
-                raise FailedPrecondition(f"transport = {wanted!r}: between GPUs it is nccl")
-            return "nccl"
-        if wanted == "nccl":
-            raise FailedPrecondition("transport = 'nccl': the workers are on CPUs")
-        hosts = {description.host_id for description in descriptions}
-        if wanted == "shm" and len(hosts) > 1:
+        usable = ("peer", "nccl") if True in on_gpu else ("shm", "gloo")
+        if wanted not in (None, *usable):
+            device = "GPUs" if True in on_gpu else "CPUs"
             raise FailedPrecondition(
-                f"transport = 'shm': the workers are on {len(hosts)} hosts that share no memory"
+                f"transport = {wanted!r}: the workers are on {device}; it can be "
+                f"{' or '.join(usable)}"
             )
-        return wanted or ("shm" if len(hosts) == 1 else "gloo")
+        within_host, anywhere = usable
+        hosts = {description.host_id for description in descriptions}
+        if wanted == within_host and len(hosts) > 1:
+            raise FailedPrecondition(
+                f"transport = {wanted!r}: the workers are on {len(hosts)} hosts that share no memory"
+            )
+        if wanted == "peer" and self.size > MAX_PEERS:
+            raise FailedPrecondition(f"transport = 'peer': {self.size} ranks are over {MAX_PEERS}")
+        is_within = len(hosts) == 1 and not (within_host == "peer" and self.size > MAX_PEERS)
+        return wanted or (within_host if is_within else anywhere)
 
     async def join(self, transport: str) -> None:
         """Forms a group of a new epoch, with a communicator id that rank 0 makes."""
@@ -241,7 +260,7 @@ class ShardGroup:
         # A worker may still be in the group of a coordinator that is gone.
         await self._all(self._leave_old_group)
 
-        async def one(rank: int, worker: Worker, communicator_id: bytes) -> bytes:
+        async def one(rank: int, worker: Worker, communicator_id: bytes) -> Joined:
             return await worker.join(
                 epoch=epoch,
                 rank=rank,
@@ -253,9 +272,26 @@ class ShardGroup:
 
         communicator_id = b""
         if transport != "single":
-            communicator_id = await one(0, self.workers[0], b"")
-        await self._in_phase(Phase.JOINING, lambda rank, worker: one(rank, worker, communicator_id))
+            communicator_id = (await one(0, self.workers[0], b"")).communicator_id
+        joined = await self._in_phase(
+            Phase.JOINING, lambda rank, worker: one(rank, worker, communicator_id)
+        )
+        if transport == "peer":
+            transport = await self._connect_peers(epoch, [each.peer_memory for each in joined])
         self.epoch, self.transport = epoch, transport
+
+    async def _connect_peers(self, epoch: int, peer_memories: Sequence[bytes]) -> str:
+        """The transport that it comes to: where one rank can't reach another, nccl for all."""
+        links = await self._in_phase(
+            Phase.JOINING,
+            lambda _, worker: worker.connect_peers(
+                epoch=epoch, peer_memories=peer_memories, timeout_s=JOIN_TIMEOUT_S
+            ),
+        )
+        refused = [(rank, link) for rank, own in enumerate(links) for link in own if link.note]
+        for rank, link in refused:
+            log.warning("rank %d reaches rank %d by %s: %s", rank, link.rank, link.path, link.note)
+        return "nccl" if refused else "peer"
 
     async def _leave_old_group(self, rank: int, worker: Worker) -> None:
         description = self.statuses[rank].description

@@ -1,7 +1,7 @@
 """A worker behind its stub: the coordinator's edge towards `ShardWorkerService`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +14,12 @@ from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
 from coordinator import convert
 from coordinator.scheduler import Step
-from coordinator.shard_group import Partial, StepAnswer
+from coordinator.shard_group import Joined, Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
 from coordinator.worker_status import (
     STREAM_ENDED,
     UNREACHABLE,
+    Link,
     LoadProgress,
     WorkerDescription,
 )
@@ -80,7 +81,7 @@ class WorkerClient:
         transport: str,
         communicator_id: bytes,
         timeout_s: float,
-    ) -> bytes:
+    ) -> Joined:
         request = _pb.JoinGroupRequest(
             epoch=epoch,
             rank=rank,
@@ -90,7 +91,16 @@ class WorkerClient:
             timeout_s=timeout_s,
         )
         response = await _answer(self._stub.JoinGroup(request, timeout=timeout_s + 5))
-        return response.communicator_id
+        return Joined(response.communicator_id, response.peer_memory)
+
+    async def connect_peers(
+        self, *, epoch: int, peer_memories: Sequence[bytes], timeout_s: float
+    ) -> tuple[Link, ...]:
+        request = _pb.ConnectPeersRequest(
+            epoch=epoch, peer_memories=peer_memories, timeout_s=timeout_s
+        )
+        response = await _answer(self._stub.ConnectPeers(request, timeout=timeout_s + 5))
+        return convert.links(response.links)
 
     async def load(
         self,

@@ -39,6 +39,15 @@ class OpStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """How a rank reaches the rank `rank`: "peer" or "nccl", and why not by "peer"."""
+
+    rank: int
+    path: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDescription:
     """What a worker says of itself; bytes everywhere."""
 
@@ -59,6 +68,7 @@ class WorkerDescription:
     file_bytes_read: int
     communication: tuple[OpStats, ...]
     supported_architectures: tuple[str, ...]
+    links: tuple[Link, ...] = ()
 
     @property
     def is_gpu(self) -> bool:

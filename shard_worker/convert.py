@@ -1,6 +1,7 @@
 """Between the contract's messages and the worker's own types; protobuf stops here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from colrow.errors import InvalidArgument
 from colrow.v1 import sampling_pb2, shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
+from shard_worker.communicator import Link
 from shard_worker.executor import Description, Group, LoadRequest, State
 from shard_worker.model_runner import Chunk, NewSequence, SequenceLogprobs, Step, StepResult
 from shard_worker.partial import Partial
@@ -42,6 +44,7 @@ _TRANSPORTS = {
     _pb.TRANSPORT_SHARED_MEMORY: "shm",
     _pb.TRANSPORT_GLOO: "gloo",
     _pb.TRANSPORT_NCCL: "nccl",
+    _pb.TRANSPORT_PEER: "peer",
 }
 _TRANSPORT_VALUES = {name: value for value, name in _TRANSPORTS.items()}
 _STATES = {
@@ -234,4 +237,9 @@ def description(worker: Description) -> _pb.WorkerDescription:
             for stats in worker.communication
         ],
         supported_architectures=sorted(models.FAMILIES),
+        links=links(worker.links),
     )
+
+
+def links(links: Sequence[Link]) -> list[_pb.Link]:
+    return [_pb.Link(rank=link.rank, path=link.path, note=link.note) for link in links]

@@ -38,12 +38,15 @@ from colrow.errors import (
 )
 from shard_worker import checkpoint, models
 from shard_worker.communicator import (
+    Communicator,
     CommunicatorAborted,
     CommunicatorError,
     CommunicatorTimeout,
+    Link,
 )
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
+from shard_worker.communicator.peer import MAX_RANKS, PeerCommunicator, PeerMemory
 from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
@@ -67,6 +70,7 @@ T = TypeVar("T")
 EXIT_HUNG = 70
 """The exit code of a worker whose device thread hangs."""
 MAX_EPOCH = 2**63 - 1
+_TRANSPORTS = "is none of single, shm, gloo, nccl, peer"
 
 
 class State(enum.Enum):
@@ -122,6 +126,7 @@ class Description:
     resident_bytes: int
     file_bytes_read: int
     communication: Sequence[OpStats]
+    links: Sequence[Link]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,7 @@ class Executor:
         self._leaving: asyncio.Task[None] | None = None
         self._group: Group | None = None
         self._tp: TensorParallel | None = None
+        self._peer_memory: PeerMemory | None = None
         self._store: Any = None
         self._shard: _Shard | None = None
         self._runner: ModelRunner | None = None
@@ -248,6 +254,7 @@ class Executor:
             file_bytes_read=self._file_bytes_read,
             # One rank has nobody to communicate with.
             communication=self._tp.all_stats() if self._tp and self._tp.size > 1 else (),
+            links=self._tp.comm.links if self._tp and self._group else (),
         )
 
     def create_communicator_id(self, transport: str) -> bytes:
@@ -260,10 +267,10 @@ class Executor:
             case "gloo":
                 communicator_id, self._store = GlooCommunicator.create_store(self._data_address())
                 return communicator_id
-            case "nccl":
+            case "nccl" | "peer":
                 communicator_id, self._store = NcclCommunicator.create_id(self._data_address())
                 return communicator_id
-        raise InvalidArgument("transport", transport, "is none of single, shm, gloo, nccl")
+        raise InvalidArgument("transport", transport, _TRANSPORTS)
 
     def _data_address(self) -> str:
         """Where Gloo listens, and nowhere else, and what other hosts call. InvalidArgument for none."""
@@ -281,8 +288,11 @@ class Executor:
             )
         return address
 
-    async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> None:
-        """Joins the other ranks of `group`; weights of the same rank and size stay in memory."""
+    async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> bytes:
+        """Joins the other ranks of `group`; weights of the same rank and size stay in memory.
+
+        Returns what other ranks need for `connect_peers`, if that is the transport; else b"".
+        """
         if group.epoch <= self._last_epoch:
             raise FailedPrecondition(
                 f"epoch = {group.epoch}: this worker has seen epoch {self._last_epoch}",
@@ -302,7 +312,7 @@ class Executor:
         self._last_epoch, self._group = group.epoch, group
         self._abandoned = abandoned = threading.Event()
         try:
-            comm = await self._on_device(
+            comm, offer = await self._on_device(
                 lambda: self._join(group, communicator_id, timeout_s, abandoned)
             )
         except BaseException:
@@ -320,18 +330,19 @@ class Executor:
             self._tp, self._shard = TensorParallel(group.rank, group.size, comm), None
         self._state = State.JOINED
         log.info("joined epoch %d as rank %d of %d over %s", *_fields(group))
+        return offer
 
     def _join(
         self, group: Group, communicator_id: bytes, timeout_s: float, abandoned: threading.Event
-    ) -> Any:
+    ) -> tuple[Communicator, bytes]:
         store, self._store = self._store, None
         match group.transport:
             case "single":
                 if group.size != 1:
                     raise InvalidArgument("transport", "single", f"the size is {group.size}")
-                return SingleCommunicator()
+                return SingleCommunicator(), b""
             case "shm":
-                return ShmCommunicator.join(
+                shm = ShmCommunicator.join(
                     communicator_id,
                     group.rank,
                     group.size,
@@ -339,8 +350,9 @@ class Executor:
                     op_timeout_s=self._config.peer_timeout_s,
                     abandoned=abandoned,
                 )
+                return shm, b""
             case "gloo":
-                return GlooCommunicator.join(
+                gloo = GlooCommunicator.join(
                     communicator_id,
                     group.rank,
                     group.size,
@@ -350,10 +362,16 @@ class Executor:
                     op_timeout_s=self._config.peer_timeout_s,
                     abandoned=abandoned,
                 )
-            case "nccl":
+                return gloo, b""
+            case "nccl" | "peer":
                 if self._device.type != "cuda":
-                    raise InvalidArgument("transport", "nccl", f"this worker is on {self._device}")
-                return NcclCommunicator.join(
+                    raise InvalidArgument(
+                        "transport", group.transport, f"this worker is on {self._device}"
+                    )
+                if group.transport == "peer" and group.size > MAX_RANKS:
+                    raise InvalidArgument("size", group.size, f"peers are at most {MAX_RANKS}")
+                kind = PeerCommunicator if group.transport == "peer" else NcclCommunicator
+                comm = kind.join(
                     communicator_id,
                     group.rank,
                     group.size,
@@ -361,9 +379,49 @@ class Executor:
                     timeout_s=timeout_s,
                     store=store,
                     interface_host=self._data_address(),
+                    op_timeout_s=self._config.peer_timeout_s,
                     abandoned=abandoned,
                 )
-        raise InvalidArgument("transport", group.transport, "is none of single, shm, gloo, nccl")
+                if not isinstance(comm, PeerCommunicator):
+                    return comm, b""
+                try:
+                    return comm, comm.offer(self._allocate_peer_memory(group.size))
+                except BaseException:
+                    comm.close()
+                    raise
+        raise InvalidArgument("transport", group.transport, _TRANSPORTS)
+
+    def _allocate_peer_memory(self, size: int) -> PeerMemory:
+        memory = self._peer_memory
+        if memory is None or memory.size != size:
+            self._free_peer_memory()
+            memory = self._peer_memory = PeerMemory.allocate(size, self._device)
+        return memory
+
+    def _free_peer_memory(self) -> None:
+        if self._peer_memory is not None:
+            self._peer_memory.free()
+            self._peer_memory = None
+
+    async def connect_peers(
+        self, epoch: int, offers: Sequence[bytes], timeout_s: float
+    ) -> Sequence[Link]:
+        """Tries how the ranks reach each other; `offers[r]` is what rank r's `join` returned."""
+        group = self._check(epoch, State.JOINED)
+        assert self._tp is not None
+        comm = self._tp.comm
+        if not isinstance(comm, PeerCommunicator):
+            raise FailedPrecondition(f"the group's transport is {group.transport}, not peer")
+        if len(offers) != group.size:
+            raise InvalidArgument("peer_memories", len(offers), f"the size is {group.size}")
+        if not 0 <= timeout_s < float("inf"):
+            raise InvalidArgument("timeout_s", timeout_s, "is no time to wait")
+        await self._on_device(lambda: comm.connect(offers, timeout_s))
+        for link in comm.links:
+            log.info(
+                "rank %d is reached by %s%s", link.rank, link.path, link.note and ": " + link.note
+            )
+        return comm.links
 
     async def load(
         self,
@@ -508,11 +566,20 @@ class Executor:
         return asyncio.ensure_future(self._execute(runner, step))
 
     async def _execute(self, runner: ModelRunner, step: Step) -> StepResult:
+        assert self._tp is not None
+        comm = self._tp.comm
         launched = await self._on_device(lambda: runner.launch(step))
+
+        def read() -> StepResult:
+            result = launched.result()
+            if (failure := comm.failure()) is not None:
+                raise failure
+            return result
+
         if launched.is_done:
-            return launched.result()
+            return read()
         # Another thread waits, so that the device's goes on to launch the next step.
-        return await self._on_device(launched.result, self._reader)
+        return await self._on_device(read, self._reader)
 
     async def compute_partial(self, epoch: int, module: str, activation: Tensor) -> Partial:
         """One module alone, between steps."""
@@ -601,6 +668,7 @@ class Executor:
                     await self.abort(self._group.epoch)
                 self._tp = self._shard = None
                 _give_memory_back()
+                await self._on_device(self._free_peer_memory)
                 await self._on_device(self._measure_memory)
             self._called_at = time.monotonic()
 

@@ -37,8 +37,21 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
                 return _pb.JoinGroupResponse(
                     communicator_id=self._executor.create_communicator_id(group.transport)
                 )
-            await self._executor.join(group, request.communicator_id, request.timeout_s)
-            return _pb.JoinGroupResponse(communicator_id=request.communicator_id)
+            peer_memory = await self._executor.join(
+                group, request.communicator_id, request.timeout_s
+            )
+            return _pb.JoinGroupResponse(
+                communicator_id=request.communicator_id, peer_memory=peer_memory
+            )
+
+    async def ConnectPeers(
+        self, request: _pb.ConnectPeersRequest, context: grpc.aio.ServicerContext
+    ) -> _pb.ConnectPeersResponse:
+        with self._executor.call():
+            links = await self._executor.connect_peers(
+                request.epoch, request.peer_memories, request.timeout_s
+            )
+        return _pb.ConnectPeersResponse(links=convert.links(links))
 
     async def LoadShard(
         self, request: _pb.LoadShardRequest, context: grpc.aio.ServicerContext

@@ -107,6 +107,17 @@ class Collectives:
         self._count("all_reduce", comm.all_reduce_path(x.nbytes), x)
         return comm.all_reduce(x)
 
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor | None:
+        """residual += the sum over the ranks, IN PLACE -> that, RMS-normalised. None, and nothing done,
+        where the communicator has no such operation for x."""
+        fusing = self.tp.comm.norm_fusing(x)
+        if fusing is None:
+            return None
+        self._count("all_reduce", self.tp.comm.all_reduce_path(x.nbytes), x)
+        return fusing.all_reduce_rms_norm(x, residual, weight, eps)
+
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[..., sizes[rank]] -> [..., sum(sizes)], the ranks' side by side. NOT in place."""
         comm = self.tp.comm

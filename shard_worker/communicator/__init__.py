@@ -8,6 +8,9 @@ worker's device thread); only `abort` may be called from any other.
 | single    | `single.SingleCommunicator` | tp_size 1: there is nobody to talk to      |
 | shm       | `shm.ShmCommunicator`       | CPU ranks of one host                      |
 | gloo      | `gloo.GlooCommunicator`     | CPU ranks of several hosts (TCP)           |
+| nccl      | `nccl.NcclCommunicator`     | GPUs, one a rank, of one host or several   |
+| peer      | `peer.PeerCommunicator`     | GPUs of one host: NCCL, and for small sums |
+|           |                             | stores into each other's memory            |
 
 Collectives are matched by order alone: every rank must call the same collectives with the same
 shapes and dtypes in the same order, as ranks that run the same model on the same step do.
@@ -22,6 +25,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +36,8 @@ __all__ = [
     "CommunicatorAborted",
     "CommunicatorError",
     "CommunicatorTimeout",
+    "Link",
+    "NormFusing",
     "check_all_gather",
     "check_all_reduce",
     "check_membership",
@@ -71,15 +78,42 @@ class CommunicatorAborted(CommunicatorError):
     """The group was aborted, here or by a peer, while or before this collective ran."""
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How a rank reaches the rank `rank`. `note`: why not by the way that was wanted, or ""."""
+
+    rank: int
+    path: str
+    note: str = ""
+
+
+class NormFusing(Protocol):
+    """A communicator that sums, adds to the residual stream and normalises in one operation."""
+
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        """residual += the sum of x over the ranks, IN PLACE -> that, RMS-normalised. x is left alone.
+
+        x, residual: contiguous [num_tokens, hidden], of the type of weight [hidden]. Added in float32
+        and rounded once; what is normalised is the rounded stream.
+
+        Raises as `Communicator.all_reduce` does.
+        """
+        ...
+
+
 class Communicator(ABC):
     """One rank's end of a group of `size` ranks.
 
-    rank, size: this rank and the number of ranks. transport: "single", "shm", "gloo" or "nccl".
+    rank, size: this rank and the number of ranks. transport: as in the table above. links: how it
+    reaches each other rank, where that was tried.
     op_timeout_s: the longest that a collective waits for its peers, in seconds (over shm: for each
     chunk of a large tensor); it may be changed between collectives.
     """
 
     transport: str
+    links: Sequence[Link] = ()
 
     def __init__(self, rank: int, size: int, op_timeout_s: float) -> None:
         self.rank = rank
@@ -92,6 +126,17 @@ class Communicator(ABC):
         An all-gather always goes by the transport itself.
         """
         return self.transport
+
+    def norm_fusing(self, x: Tensor) -> NormFusing | None:
+        """Who sums x and normalises in one operation; None: that takes two."""
+        return None
+
+    def failure(self) -> CommunicatorError | None:
+        """What collectives have met that are queued on a device; may be asked by any thread.
+
+        What those give counts only if the device has done it and there is none then.
+        """
+        return None
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from . import (
 )
 from .gloo import GlooCommunicator
 
-__all__ = ["NcclCommunicator"]
+__all__ = ["NcclCommunicator", "use_device"]
 
 _ID_BYTES = 128
 _WATCH_INTERVAL_S = 0.1
@@ -52,6 +52,15 @@ def _nccl() -> Any:
     if not getattr(nccl, "available", True):
         raise CommunicatorError("nccl: this CuPy was built without NCCL")
     return nccl
+
+
+def use_device(device: torch.device) -> Any:
+    """CuPy, with this thread's calls going to `device`."""
+    _nccl()  # says what is wrong with it
+    import cupy
+
+    cupy.cuda.Device(device.index).use()
+    return cupy
 
 
 class NcclCommunicator(Communicator):
@@ -92,13 +101,15 @@ class NcclCommunicator(Communicator):
         device: torch.device,
         timeout_s: float,
         interface_host: str,
+        op_timeout_s: float = 30.0,
         store: TCPStore | None = None,
         abandoned: threading.Event | None = None,
     ) -> Self:
         """Meet the other ranks and connect to them; blocks until all `size` of them have.
 
         communicator_id: from rank 0's `create_id`. store: its other result, on rank 0 only.
-        interface_host, abandoned: as for `GlooCommunicator.join`. timeout_s: deadline of all of it.
+        interface_host, op_timeout_s, abandoned: as for `GlooCommunicator.join`. timeout_s: deadline of
+        all of it.
 
         Raises as `GlooCommunicator.join` does; CommunicatorError with NCCL's words where it fails.
         """
@@ -112,6 +123,7 @@ class NcclCommunicator(Communicator):
             size,
             timeout_s=timeout_s,
             interface_host=interface_host,
+            op_timeout_s=op_timeout_s,
             store=store,
             abandoned=abandoned,
         )
@@ -160,6 +172,10 @@ class NcclCommunicator(Communicator):
         stream = torch.cuda.current_stream(self.device).cuda_stream
         comm.allGather(x.data_ptr(), whole.data_ptr(), x.nbytes, self._nccl.NCCL_UINT8, stream)
         return torch.cat([part[..., :size] for part, size in zip(whole, sizes, strict=True)], -1)
+
+    def failure(self) -> CommunicatorError | None:
+        """A link or a peer that failed, or an abort; see `Communicator.failure`."""
+        return self._failure
 
     def barrier(self, timeout_s: float) -> None:
         """Of the processes, not of their devices; see `Communicator.barrier`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
+from shard_worker.layers.norm import RMSNorm
 from shard_worker.sharding import ShardTensors
 
 
@@ -121,6 +122,12 @@ class RowParallelLinear(_Linear):
         """Sums the ranks' terms in place: [num_tokens, outputs]"""
         return self._collectives.all_reduce(partial)
 
+    def reduce_onto(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """Adds the sum of the ranks' terms to the residual stream, IN PLACE -> the stream, normalised
+        (all [num_tokens, outputs])"""
+        x = self._collectives.all_reduce_rms_norm(partial, residual, norm.weight, norm.eps)
+        return norm.add(self.reduce(partial), residual) if x is None else x
+
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, inputs of this rank] -> [num_tokens, outputs], equal on all ranks"""
         return self.reduce(self.partial(x))
@@ -150,3 +157,8 @@ class RowParallelBlock(ABC):
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden] -> [num_tokens, hidden], equal on all ranks"""
         return self.last.reduce(self.partial(x, batch))
+
+    def add_to(self, residual: Tensor, norm: RMSNorm, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Adds the block's output for x to the residual stream, IN PLACE -> the stream, normalised
+        (all [num_tokens, hidden])"""
+        return self.last.reduce_onto(self.partial(x, batch), residual, norm)

@@ -38,7 +38,3 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., features] -> [..., features]"""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual += x, IN PLACE -> the sum, normalised: [num_tokens, features]"""
-        return self(residual.add_(x))

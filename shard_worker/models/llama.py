@@ -89,8 +89,8 @@ class LlamaLayer:
     ) -> Tensor:
         """The stream normalised for this layer -> the same for the next; the stream IN PLACE
         (all [num_tokens, hidden])"""
-        x = self.post_attention_layernorm.add(self.self_attn(x, batch), residual)
-        return next_norm.add(self.mlp(x, batch), residual)
+        x = self.self_attn.add_to(residual, self.post_attention_layernorm, x, batch)
+        return self.mlp.add_to(residual, next_norm, x, batch)
 
 
 class LlamaModel:

@@ -1,4 +1,7 @@
-"""Through a real cluster on GPUs, greedy tokens are those that transformers generates on the GPU."""
+"""Through a real cluster on GPUs, greedy tokens are those that transformers generates on the GPU.
+
+Over as many GPUs as there are: no number of heads divides by all of 2 to 8, so plans are uneven too.
+"""
 
 import random
 from collections.abc import Iterator
@@ -9,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from coordinator.cluster import ModelFolder
+from coordinator.shard_plan import fitting_tp_sizes
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster
 
 pytestmark = pytest.mark.timeout(300)
 
 NUM_TOKENS = 48
+TRANSPORTS = {"nccl": 4, "peer": 5}
 
 
 @dataclass
@@ -55,10 +61,21 @@ def check(running: RunningCluster, family: Family) -> None:
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
-def test_tokens_on_one_gpu(graphs: bool, family: Family, gpu_pools: dict[bool, WorkerPool]) -> None:
-    with cluster(gpu_pools[graphs], family.folder, 1, "--max-batched-tokens", "48") as running:
+@pytest.mark.parametrize("tp", range(1, max(min(torch.cuda.device_count(), 8), 1) + 1))
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_tokens_on_gpus(
+    transport: str, tp: int, graphs: bool, family: Family, gpu_pools: dict[bool, WorkerPool]
+) -> None:
+    if tp == 1 and transport == "nccl":
+        pytest.skip("one rank has no transport")
+    if tp not in fitting_tp_sizes(ModelFolder.open(family.folder).spec):
+        pytest.skip(f"the model can't be cut over {tp} ranks")
+    arguments = ("--max-batched-tokens", "48", "--transport", transport)
+    with cluster(gpu_pools[graphs], family.folder, tp, *arguments) as running:
         state = running.client.cluster()
-        assert state.workers[0].description.device.startswith("cuda")
+        assert state.transport == (TRANSPORTS[transport] if tp > 1 else 1)
+        devices = {worker.description.device for worker in state.workers}
+        assert devices == {f"cuda:{index}" for index in range(tp)}
         check(running, family)
         blocks = running.client.cluster().scheduler
         assert (blocks.kv_blocks_used, blocks.running, blocks.waiting) == (0, 0, 0)

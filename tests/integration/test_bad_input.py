@@ -1141,6 +1141,27 @@ class TestJoining:
         )
         assert worker.state == "JOINED"
 
+    def test_peers_of_a_group_that_has_none(self, worker: Worker) -> None:
+        request = _worker.ConnectPeersRequest(peer_memories=[b""], timeout_s=1.0)
+        refusal(
+            lambda: worker.stub.ConnectPeers(request, timeout=5), "FAILED_PRECONDITION", "epoch = 0"
+        )
+        worker.join()
+        request.epoch = worker.epoch
+        refusal(
+            lambda: worker.stub.ConnectPeers(request, timeout=5),
+            "FAILED_PRECONDITION",
+            "transport is single, not peer",
+        )
+
+    @pytest.mark.parametrize("transport", [4, 5], ids=["nccl", "peer"])
+    def test_a_transport_of_gpus_on_a_cpu(self, transport: int, worker: Worker) -> None:
+        refusal(
+            lambda: worker.join(transport=transport, size=2, communicator_id=b"0" * 140),
+            "INVALID_ARGUMENT",
+            "worker is on cpu",
+        )
+
     @pytest.mark.parametrize("transport", [2, 3], ids=["shm", "gloo"])
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_peer_that_never_comes_is_named_in_time(

@@ -55,7 +55,7 @@ SERVICES: dict[str, set[str]] = {
     "InferenceService": {"Generate", "Score", "Tokenize", "Detokenize", "GetModel"},
     "ControlService": {"GetCluster", "WatchCluster", "PlanShards", "RunLayer", "Drain"},
     "ShardWorkerService": {
-        *("Describe", "JoinGroup", "LoadShard", "AllocateKvCache"),
+        *("Describe", "JoinGroup", "ConnectPeers", "LoadShard", "AllocateKvCache"),
         *("ExecuteSteps", "ComputePartial", "AbortGroup"),
     },
 }

@@ -619,6 +619,44 @@ class TwoPaths(SingleCommunicator):
         return "aside" if num_bytes <= 8 else self.transport
 
 
+class Fusing(SingleCommunicator):
+    """Sums several rows and normalises them in one operation."""
+
+    fused = 0
+
+    def norm_fusing(self, x: Tensor) -> Fusing | None:
+        return self if len(x) > 1 else None
+
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        self.fused += 1
+        return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_sum_goes_onto_the_residual_stream_in_one_operation_where_there_is_one(
+    num_tokens: int,
+) -> None:
+    parameters: Parameters = {
+        "norm.weight": (torch.randn(16), None, ()),
+        "m.down.weight": (torch.randn(16, 20), 1, (Section("mlp", 20, 1),)),
+    }
+    (tensors,) = shards(parameters, {"mlp": [0, 20]})
+    norm, linear = RMSNorm(tensors, "norm", 1e-5), RowParallelLinear(tensors, "m", "down")
+    fill(tensors, parameters)
+    x, stream = torch.randn(num_tokens, 20), torch.randn(num_tokens, 16)
+    separate, fused = stream.clone(), stream.clone()
+    expected = norm.add(linear(x), separate)
+    comm = Fusing()
+    tensors.tp.renew(comm)
+    assert_close(linear.reduce_onto(linear.partial(x), fused, norm), expected)
+    assert_close(fused, separate)
+    assert comm.fused == (num_tokens > 1)
+    ((calls, payload_bytes),) = ((s.calls, s.payload_bytes) for s in tensors.tp.all_stats())
+    assert (calls, payload_bytes) == (1, num_tokens * 16 * 4)
+
+
 def test_collectives_are_counted_by_the_path_that_they_take() -> None:
     tp = TensorParallel(0, 1, TwoPaths())
     layer = tp.collectives("model.layers.0")

@@ -16,6 +16,7 @@ from torch import Tensor
 from colrow.errors import InvalidArgument
 from colrow.v1 import shard_worker_service_pb2
 from shard_worker import convert
+from shard_worker.communicator import Link
 from shard_worker.executor import Description, Group, State
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import KvCache
@@ -556,7 +557,10 @@ def test_communication_is_told_by_operation_and_module() -> None:
             OpStats("model.layers.3", "all_reduce", "shm", 2, 64),
             OpStats("sampler", "all_gather", "shm"),
         ],
+        links=[Link(1, "nccl", "it can't be opened")],
     )
+    (link,) = convert.description(worker).links
+    assert (link.rank, link.path, link.note) == (1, "nccl", "it can't be opened")
     told = [
         (s.module, s.operation, s.calls, s.payload_bytes)
         for s in convert.description(worker).communication

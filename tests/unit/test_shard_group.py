@@ -1,0 +1,132 @@
+"""How the workers of a group come to exchange activations."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from colrow.errors import FailedPrecondition
+from coordinator.shard_group import MAX_PEERS, Joined, ShardGroup
+from coordinator.worker_status import Link, WorkerDescription
+
+
+def description(rank: int, device: str, host_id: str = "host") -> WorkerDescription:
+    return WorkerDescription(
+        version="1",
+        host_id=host_id,
+        pid=rank,
+        device=device,
+        memory_total_bytes=0,
+        memory_available_bytes=0,
+        state="idle",
+        epoch=0,
+        rank=0,
+        size=0,
+        transport=None,
+        weight_bytes=0,
+        kv_cache_bytes=0,
+        resident_bytes=0,
+        file_bytes_read=0,
+        communication=(),
+        supported_architectures=(),
+    )
+
+
+@dataclass
+class JoiningWorker:
+    """Joins whatever it is asked to, and reaches its peers as `links` say."""
+
+    address: str
+    links: tuple[Link, ...] = ()
+    joined: list[str] = field(default_factory=list)
+    peer_memories: list[bytes] = field(default_factory=list)
+
+    async def join(self, *, rank: int, transport: str, communicator_id: bytes, **_: Any) -> Joined:
+        if not communicator_id:
+            return Joined(b"id")
+        self.joined.append(transport)
+        return Joined(communicator_id, b"memory %d" % rank)
+
+    async def connect_peers(self, *, peer_memories: list[bytes], **_: Any) -> tuple[Link, ...]:
+        self.peer_memories = list(peer_memories)
+        return self.links
+
+
+def group(devices: list[str], hosts: list[str] | None = None) -> ShardGroup:
+    workers: Any = [JoiningWorker(f"host:{rank}") for rank in range(len(devices))]
+    made = ShardGroup(workers, step_timeout_s=1.0)
+    for rank, device in enumerate(devices):
+        host_id = hosts[rank] if hosts else "host"
+        made.statuses[rank].description = description(rank, device, host_id)
+    return made
+
+
+GPUS = ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "hosts", "wanted", "expected"),
+    [
+        (["cuda:0"], None, None, "single"),
+        (["cpu", "cpu"], None, None, "shm"),
+        (["cpu", "cpu"], ["a", "b"], None, "gloo"),
+        (["cpu", "cpu"], None, "gloo", "gloo"),
+        (GPUS, None, None, "peer"),
+        (GPUS, None, "nccl", "nccl"),
+        (GPUS, ["a", "b"], None, "nccl"),
+        ([f"cuda:{rank}" for rank in range(MAX_PEERS)], None, None, "peer"),
+        ([f"cuda:{rank}" for rank in range(MAX_PEERS + 1)], None, None, "nccl"),
+    ],
+)
+def test_the_transport_follows_from_where_the_workers_are(
+    devices: list[str], hosts: list[str] | None, wanted: str | None, expected: str
+) -> None:
+    assert group(devices, hosts).choose_transport(wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "hosts", "wanted", "words"),
+    [
+        (["cpu", "cpu"], None, "peer", "'peer': the workers are on CPUs; it can be shm or gloo"),
+        (["cpu", "cpu"], None, "nccl", "'nccl': the workers are on CPUs; it can be shm or gloo"),
+        (GPUS, None, "shm", "'shm': the workers are on GPUs; it can be peer or nccl"),
+        (["cpu", "cpu"], ["a", "b"], "shm", "'shm': the workers are on 2 hosts"),
+        (GPUS, ["a", "b"], "peer", "'peer': the workers are on 2 hosts"),
+        (["cuda:0"] * 9, None, "peer", "'peer': 9 ranks are over 8"),
+        (["cuda:0", "cpu"], None, None, "can't be one group"),
+    ],
+)
+def test_a_transport_that_can_not_be(
+    devices: list[str], hosts: list[str] | None, wanted: str | None, words: str
+) -> None:
+    with pytest.raises(FailedPrecondition, match=words):
+        group(devices, hosts).choose_transport(wanted)
+
+
+async def test_every_rank_is_told_how_to_open_the_others_memory() -> None:
+    made = group(GPUS)
+    await made.join("peer")
+    assert made.transport == "peer"
+    workers: Any = made.workers
+    for worker in workers:
+        assert worker.joined == ["peer"]
+        assert worker.peer_memories == [b"memory 0", b"memory 1"]
+
+
+async def test_where_one_rank_can_not_reach_another_it_is_nccl_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = group(GPUS)
+    workers: Any = made.workers
+    workers[0].links = (Link(1, "nccl", "its CUDA IPC handle can't be opened"),)
+    workers[1].links = (Link(0, "nccl", "rank 0 can't reach its peers"),)
+    await made.join("peer")
+    assert made.transport == "nccl"
+    assert "rank 0 reaches rank 1 by nccl: its CUDA IPC handle can't be opened" in caplog.text
+
+
+async def test_other_transports_connect_no_peers() -> None:
+    made = group(["cpu", "cpu"])
+    await made.join("shm")
+    workers: Any = made.workers
+    assert [worker.peer_memories for worker in workers] == [[], []]
