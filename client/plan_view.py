@@ -148,12 +148,12 @@ def _prediction(plan: ShardPlan) -> str:
     if step is None:
         return f"{heading} none, {unpredictable(plan)}."
     line = f"{heading} one token of one sequence takes {1e3 * step.seconds:.2f} ms"
-    if step.all_reduce.figures is None:
+    if step.all_reduce.algorithm is None:
         return f"{line}."
     return (
         f"{line}, of which {1e3 * step.communication_s:.2f} ms ({step.communication_share:.0%}) are "
         f"communication: {step.num_all_reduces} all-reduces of {1e6 * step.all_reduce.seconds:.1f} µs "
-        f"({step.all_reduce.figures.algorithm}), and the exchange."
+        f"({step.all_reduce.algorithm}), and the exchange."
     )
 
 
@@ -161,7 +161,6 @@ def _prediction_data(plan: ShardPlan) -> dict[str, Any] | None:
     step = predicted_step(plan)
     if step is None:
         return None
-    figures = step.all_reduce.figures
     return {
         "hardware": H200_NVLINK.name,
         "context_tokens": SHORT_CONTEXT,
@@ -169,7 +168,7 @@ def _prediction_data(plan: ShardPlan) -> dict[str, Any] | None:
         "communication_s": step.communication_s,
         "num_all_reduces": step.num_all_reduces,
         "all_reduce_s": step.all_reduce.seconds,
-        "all_reduce_algorithm": None if figures is None else str(figures.algorithm),
+        "all_reduce_algorithm": step.all_reduce.algorithm,
     }
 
 

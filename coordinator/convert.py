@@ -325,7 +325,6 @@ def prediction_message(plan: ShardPlan) -> _control_pb.StepPrediction | None:
     step = predicted_step(plan)
     if step is None:
         return None
-    figures = step.all_reduce.figures
     return _control_pb.StepPrediction(
         hardware=H200_NVLINK.name,
         context_tokens=SHORT_CONTEXT,
@@ -333,7 +332,7 @@ def prediction_message(plan: ShardPlan) -> _control_pb.StepPrediction | None:
         communication_s=step.communication_s,
         num_all_reduces=step.num_all_reduces,
         all_reduce_s=step.all_reduce.seconds,
-        all_reduce_algorithm="" if figures is None else figures.algorithm,
+        all_reduce_algorithm=step.all_reduce.algorithm or "",
     )
 
 

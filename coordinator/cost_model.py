@@ -68,10 +68,11 @@ class AllReduceFigures:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    """One all-reduce as predicted. `figures` is None, and the time 0, of a rank alone."""
+    """One all-reduce as predicted, and the residual addition and norm after it."""
 
-    figures: AllReduceFigures | None
+    algorithm: Algorithm | None  # None of a rank alone
     seconds: float
+    norm_s: float  # 0 where it is included
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,26 +83,6 @@ class LinkFigures:
     gather_latency_s: float  # an all-gather of a few numbers, two ranks
     gather_latency_per_rank_s: float
     max_tp_size: int
-
-    def all_reduce(
-        self, tp_size: int, num_bytes: int, algorithms: Collection[Algorithm] = tuple(Algorithm)
-    ) -> AllReduce:
-        """The fastest of `algorithms` for a sum of `num_bytes`.
-
-        ValueError where none of them takes so many.
-        """
-        if tp_size == 1:
-            return AllReduce(None, 0.0)
-        found = [
-            figures
-            for figures in self.all_reduces
-            if figures.algorithm in algorithms and num_bytes <= figures.max_bytes
-        ]
-        if not found:
-            names = ", ".join(algorithms)
-            raise ValueError(f"algorithms = {names!r}: none takes a message of {num_bytes} bytes")
-        fastest = min(found, key=lambda figures: figures.time_s(tp_size, num_bytes))
-        return AllReduce(fastest, fastest.time_s(tp_size, num_bytes))
 
     def gather_s(self, tp_size: int) -> float:
         """The ranks' exchange of their likeliest tokens."""
@@ -136,6 +117,31 @@ class Hardware:
     device: DeviceFigures
     link: LinkFigures
 
+    def all_reduce(
+        self, tp_size: int, num_bytes: int, algorithms: Collection[Algorithm] = tuple(Algorithm)
+    ) -> AllReduce:
+        """Of `num_bytes` by those of `algorithms` after which the next norm is done first.
+
+        ValueError where none of them takes so many.
+        """
+        # It reads a sum and the residual stream, and writes both anew.
+        norm_s = self.device.kernel_s + 4 * num_bytes / self.device.activation_bytes_per_s
+        if tp_size == 1:
+            return AllReduce(None, 0.0, norm_s)
+        found = [
+            AllReduce(
+                figures.algorithm,
+                figures.time_s(tp_size, num_bytes),
+                0.0 if figures.adds_and_norms else norm_s,
+            )
+            for figures in self.link.all_reduces
+            if figures.algorithm in algorithms and num_bytes <= figures.max_bytes
+        ]
+        if not found:
+            names = ", ".join(algorithms)
+            raise ValueError(f"algorithms = {names!r}: none takes a message of {num_bytes} bytes")
+        return min(found, key=lambda each: each.seconds + each.norm_s)
+
 
 # "Measured" is between two NVIDIA H200 (18 NVLinks, without multicast) or on one, in a CUDA graph unless
 # said otherwise. "Fitted" is to time per token and time to the first token of Llama-3.1-8B shapes at
@@ -152,7 +158,8 @@ H200_NVLINK = Hardware(
         # Measured: GEMVs of 17 to 525 MB take 2.7 µs and their bytes at 4.3 TB/s, within 7 %; a
         # reduction over 4 GiB reads at 4.48.
         weight_bytes_per_s=4.3e12,
-        kv_bytes_per_s=3.9e12,  # measured, batches 32 and 128 at 1,024 tokens of context
+        # Measured of FlashInfer, batches of 32 and 128 at 1,024 tokens of context.
+        kv_bytes_per_s=3.9e12,
         activation_bytes_per_s=4.3e12,
         flops_per_s=790e12,  # large bfloat16 products
         attention_flops_per_s=286e12,  # fitted to a prompt of 8,192
@@ -187,11 +194,14 @@ class StepTime:
     attention_s: float
     mlp_s: float
     head_s: float
-    norms_s: float  # and residual additions, where no all-reduce includes them
-    all_reduce: AllReduce  # each of them
-    num_all_reduces: int
+    num_norms: int  # after the embedding and after every block
+    all_reduce: AllReduce  # before each norm
     gather_s: float
     launch_s: float  # Python, beside the device; 0 of a graph
+
+    @property
+    def num_all_reduces(self) -> int:
+        return 0 if self.all_reduce.algorithm is None else self.num_norms
 
     @property
     def communication_s(self) -> float:
@@ -200,8 +210,9 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        device_s = self.attention_s + self.mlp_s + self.head_s + self.norms_s + self.communication_s
-        return max(device_s, self.launch_s)
+        blocks_s = self.attention_s + self.mlp_s + self.head_s
+        norms_s = self.num_norms * self.all_reduce.norm_s
+        return max(blocks_s + norms_s + self.communication_s, self.launch_s)
 
     @property
     def communication_share(self) -> float:
@@ -315,19 +326,12 @@ def _step(
     assert plan.tp_size <= hardware.link.max_tp_size, plan.tp_size
     spec, device = plan.spec, hardware.device
     row_bytes = work.num_tokens * spec.hidden_size * plan.itemsize
-    all_reduce = hardware.link.all_reduce(plan.tp_size, row_bytes, algorithms)
-    # One after each all-reduce: it reads a sum and the residual stream, and writes both anew.
-    num_norms = 2 * spec.num_layers + 1
-    norms_s = num_norms * (device.kernel_s + 4 * row_bytes / device.activation_bytes_per_s)
-    if all_reduce.figures is not None and all_reduce.figures.adds_and_norms:
-        norms_s = 0.0
     return StepTime(
         attention_s=max(_attention_s(plan, shard, work, device) for shard in plan.ranks),
         mlp_s=max(_mlp_s(plan, shard, work, device) for shard in plan.ranks),
         head_s=max(_head_s(plan, shard, work, device) for shard in plan.ranks),
-        norms_s=norms_s,
-        all_reduce=all_reduce,
-        num_all_reduces=0 if plan.tp_size == 1 else num_norms,
+        num_norms=2 * spec.num_layers + 1,
+        all_reduce=hardware.all_reduce(plan.tp_size, row_bytes, algorithms),
         gather_s=hardware.link.gather_s(plan.tp_size) if work.num_sampled else 0.0,
         launch_s=launch_s,
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
+    AllReduce,
     AllReduceFigures,
     StepTime,
     decode_step,
@@ -62,6 +63,11 @@ def plan(config: dict[str, Any], tp_size: int, **arguments: Any) -> ShardPlan:
 def figures(algorithm: Algorithm) -> AllReduceFigures:
     (found,) = (f for f in LINK.all_reduces if f.algorithm is algorithm)
     return found
+
+
+def normed_s(all_reduce: AllReduce) -> float:
+    """Until the sum is added to the residual stream and normalised."""
+    return all_reduce.seconds + all_reduce.norm_s
 
 
 tp_sizes = st.integers(1, 8)
@@ -119,8 +125,9 @@ def test_products_of_one_token_on_one_of_two_ranks_come_out_as_measured() -> Non
 
 @given(sizes, st.integers(1, 10**9))
 def test_one_rank_communicates_in_no_time(num_bytes: int, more: int) -> None:
-    assert LINK.all_reduce(1, num_bytes).seconds == 0
-    assert LINK.all_reduce(1, num_bytes + more).figures is None
+    alone = H200_NVLINK.all_reduce(1, num_bytes)
+    assert alone.seconds == 0 and alone.algorithm is None
+    assert alone.norm_s <= H200_NVLINK.all_reduce(1, num_bytes + more).norm_s
     assert LINK.gather_s(1) == 0
     assert all(f.time_s(1, num_bytes) == 0 for f in LINK.all_reduces)
 
@@ -137,8 +144,10 @@ def test_neither_more_bytes_nor_more_ranks_are_faster(
 def test_the_chosen_all_reduce_is_never_faster_with_more_bytes(
     tp_size: int, num_bytes: int, more: int
 ) -> None:
-    chosen, larger = (LINK.all_reduce(tp_size, size) for size in (num_bytes, num_bytes + more))
-    assert chosen.seconds <= larger.seconds
+    chosen, larger = (
+        H200_NVLINK.all_reduce(tp_size, size) for size in (num_bytes, num_bytes + more)
+    )
+    assert normed_s(chosen) <= normed_s(larger)
 
 
 @given(st.integers(2, 8), sizes, st.sets(st.sampled_from(Algorithm), min_size=1))
@@ -147,9 +156,12 @@ def test_the_chosen_algorithm_is_the_fastest_of_those_that_may_be_taken(
 ) -> None:
     taken = [figures(a) for a in allowed if num_bytes <= figures(a).max_bytes]
     assume(taken)
-    chosen = LINK.all_reduce(tp_size, num_bytes, allowed)
-    assert chosen.figures in taken
-    assert chosen.seconds == min(f.time_s(tp_size, num_bytes) for f in taken)
+    chosen = H200_NVLINK.all_reduce(tp_size, num_bytes, allowed)
+    assert chosen.algorithm in {f.algorithm for f in taken}
+    alone = H200_NVLINK.all_reduce(1, num_bytes)
+    assert normed_s(chosen) == min(
+        f.time_s(tp_size, num_bytes) + (0 if f.adds_and_norms else alone.norm_s) for f in taken
+    )
 
 
 def test_each_algorithm_sends_what_it_is_named_for() -> None:
@@ -161,23 +173,38 @@ def test_each_algorithm_sends_what_it_is_named_for() -> None:
 
 @pytest.mark.parametrize("tp_size", range(3, 9))
 def test_one_write_to_all_is_for_small_messages_and_two_rounds_for_larger(tp_size: int) -> None:
-    small, large = LINK.all_reduce(tp_size, 8 * KIB), LINK.all_reduce(tp_size, 4 * MIB)
-    assert small.figures == figures(Algorithm.ONE_SHOT)
-    assert large.figures == figures(Algorithm.TWO_SHOT)
+    small, large = (H200_NVLINK.all_reduce(tp_size, size) for size in (8 * KIB, 4 * MIB))
+    assert small.algorithm is Algorithm.ONE_SHOT
+    assert large.algorithm is Algorithm.TWO_SHOT
 
 
 def test_nothing_takes_a_message_larger_than_it_was_tried_with() -> None:
     with pytest.raises(ValueError, match=r"algorithms = 'one_shot': none takes .* 1048577 bytes"):
-        LINK.all_reduce(2, MIB + 1, [Algorithm.ONE_SHOT])
+        H200_NVLINK.all_reduce(2, MIB + 1, [Algorithm.ONE_SHOT])
 
 
 # Steps
 
 
+@given(st.integers(2, 8), st.integers(1, 256), st.floats(1, 4))
+def test_nothing_that_takes_longer_makes_a_step_faster(
+    tp_size: int, batch: int, growth: float
+) -> None:
+    slower = replace(
+        LINK,
+        all_reduces=tuple(
+            replace(f, latency_per_rank_s=growth * f.latency_per_rank_s) for f in LINK.all_reduces
+        ),
+    )
+    cut = plan(SMALL, tp_size)
+    longer = decode_step(cut, batch, 128, hardware=replace(H200_NVLINK, link=slower))
+    assert decode_step(cut, batch, 128).seconds <= longer.seconds
+
+
 def seconds(step: StepTime) -> float:
     """A step's parts are its whole."""
-    blocks_s = step.attention_s + step.mlp_s + step.head_s + step.norms_s
-    return blocks_s + step.num_all_reduces * step.all_reduce.seconds + step.gather_s
+    blocks_s = step.attention_s + step.mlp_s + step.head_s
+    return blocks_s + step.num_norms * normed_s(step.all_reduce) + step.gather_s
 
 
 @settings(max_examples=30)
@@ -212,9 +239,9 @@ def test_the_embedding_and_each_layer_twice_are_summed(config: dict[str, Any]) -
     assert step.num_all_reduces == 2 * config["num_hidden_layers"] + 1
     row_bytes = 2 * config["hidden_size"]
     assert step.all_reduce.seconds == figures(Algorithm.ONE_SHOT).time_s(2, row_bytes)
-    assert step.norms_s == 0, "that kernel normalises"
+    assert step.all_reduce.norm_s == 0, "that kernel normalises"
     nccl = decode_step(plan(config, 2), 1, 128, algorithms=[Algorithm.NCCL])
-    assert nccl.norms_s > 0
+    assert nccl.all_reduce.norm_s > 0
     assert nccl.communication_share > 2 * step.communication_share
 
 
