@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,8 @@ from coordinator.cost_model import (
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis
 from coordinator.shard_plan import ShardPlan, make_plan
+
+ROOT = Path(__file__).parents[2]
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -300,6 +305,15 @@ def test_steps_that_are_no_graph_take_at_least_as_long_as_python_launches_them()
 
 
 # What can be predicted
+
+
+def test_the_page_on_scaling_has_the_tables_that_its_command_prints() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "predict_scaling.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    assert len(tables) > 40
+    assert not [line for line in tables if line not in page]
 
 
 def test_weights_that_no_gpu_holds_are_said() -> None:
