@@ -10,6 +10,7 @@ from rich.table import Table
 
 from client.model_source import Progress, resolve_model
 from client.views import RankRow, mib, new_table, num_ranks, rank_table
+from coordinator.cost_model import H200_NVLINK, SHORT_CONTEXT, predicted_step, unpredictable
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec
 from coordinator.shard_plan import ShardPlan
@@ -118,7 +119,7 @@ def _rank_list(ranks: Sequence[int]) -> str:
 
 
 def plan_summary(plan: ShardPlan) -> list[str]:
-    """Lines on memory and communication as a whole."""
+    """Lines on memory, communication and time as a whole."""
     spec = plan.spec
     held = plan.checkpoint_bytes + plan.replicated_bytes
     lines = [
@@ -128,7 +129,7 @@ def plan_summary(plan: ShardPlan) -> list[str]:
     if spec.tie_word_embeddings:
         lines.append(f"The head is the embedding ({spec.embedding}), so it has no line above.")
     if plan.tp_size == 1:
-        return [*lines, "Communication: none, there is one rank."]
+        return [*lines, "Communication: none, there is one rank.", _prediction(plan)]
     per_layer = plan.all_reduce_bytes_per_token_per_layer
     return [
         *lines,
@@ -136,7 +137,39 @@ def plan_summary(plan: ShardPlan) -> list[str]:
         f"all-reduces: {per_layer:,} in each of {spec.num_layers} layers (after attention, after "
         f"the MLP) and {per_layer // 2:,} after the embedding. To choose a token the ranks exchange "
         "a few numbers more, never their logits.",
+        _prediction(plan),
     ]
+
+
+def _prediction(plan: ShardPlan) -> str:
+    """What the cost model says of a step of one sequence, or why it says nothing."""
+    heading = f"Prediction for {H200_NVLINK.name}:"
+    step = predicted_step(plan)
+    if step is None:
+        return f"{heading} none, {unpredictable(plan)}."
+    line = f"{heading} one token of one sequence takes {1e3 * step.seconds:.2f} ms"
+    if step.all_reduce.algorithm is None:
+        return f"{line}."
+    return (
+        f"{line}, of which {1e3 * step.communication_s:.2f} ms ({step.communication_share:.0%}) are "
+        f"communication: {step.num_all_reduces} all-reduces of {1e6 * step.all_reduce.seconds:.1f} µs "
+        f"({step.all_reduce.algorithm}), and the exchange."
+    )
+
+
+def _prediction_data(plan: ShardPlan) -> dict[str, Any] | None:
+    step = predicted_step(plan)
+    if step is None:
+        return None
+    return {
+        "hardware": H200_NVLINK.name,
+        "context_tokens": SHORT_CONTEXT,
+        "step_s": step.seconds,
+        "communication_s": step.communication_s,
+        "num_all_reduces": step.num_all_reduces,
+        "all_reduce_s": step.all_reduce.seconds,
+        "all_reduce_algorithm": step.all_reduce.algorithm,
+    }
 
 
 def plan_data(plan: ShardPlan) -> dict[str, Any]:
@@ -159,6 +192,7 @@ def plan_data(plan: ShardPlan) -> dict[str, Any]:
         "replicated_bytes": plan.replicated_bytes,
         "all_reduce_bytes_per_token": plan.all_reduce_bytes_per_token,
         "all_reduce_bytes_per_token_per_layer": plan.all_reduce_bytes_per_token_per_layer,
+        "prediction": _prediction_data(plan),
         "ranks": [
             {
                 "rank": shard.rank,

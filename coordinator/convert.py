@@ -19,6 +19,7 @@ from colrow.v1 import (
     tensor_pb2,
 )
 from coordinator.cluster import Cluster, State
+from coordinator.cost_model import H200_NVLINK, SHORT_CONTEXT, predicted_step
 from coordinator.model_spec import Axis, Combine, ParameterSpec
 from coordinator.request import Output, Request, SamplingRequest
 from coordinator.run_layer import LayerRun, ModuleRun
@@ -317,6 +318,22 @@ def plan_message(plan: ShardPlan) -> shard_plan_pb2.ShardPlan:
         head_dim=spec.head_dim,
         intermediate_size=spec.intermediate_size,
         vocab_size=spec.vocab_size,
+    )
+
+
+def prediction_message(plan: ShardPlan) -> _control_pb.StepPrediction | None:
+    """None where nothing can be predicted."""
+    step = predicted_step(plan)
+    if step is None:
+        return None
+    return _control_pb.StepPrediction(
+        hardware=H200_NVLINK.name,
+        context_tokens=SHORT_CONTEXT,
+        step_s=step.seconds,
+        communication_s=step.communication_s,
+        num_all_reduces=step.num_all_reduces,
+        all_reduce_s=step.all_reduce.seconds,
+        all_reduce_algorithm=step.all_reduce.algorithm or "",
     )
 
 

@@ -225,7 +225,9 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
             dtype=convert.dtype(request.data_type),
             memory_weights=list(request.memory_weights) or None,
         )
-        return _control_pb.PlanShardsResponse(plan=convert.plan_message(plan))
+        return _control_pb.PlanShardsResponse(
+            plan=convert.plan_message(plan), prediction=convert.prediction_message(plan)
+        )
 
     async def RunLayer(
         self, request: _control_pb.RunLayerRequest, context: grpc.aio.ServicerContext

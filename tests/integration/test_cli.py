@@ -19,6 +19,7 @@ import pytest
 
 import client
 from client.local_cluster import ClusterError, LocalCluster
+from coordinator.cost_model import predicted_step
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests import clusters
@@ -161,6 +162,13 @@ def test_plan_shows_ranges_parameters_and_communication(colrow: Colrow) -> None:
     name = "model.layers.{i}.mlp.down_proj.weight x 30"
     assert f"{name} [576, 1536] row parallel (mlp) 0: [576, 704] sum 1: [576, 832]" in shown
     assert "70,272 bytes a token" in shown
+    assert "Prediction for NVIDIA H200, NVLink: one token of one sequence takes 0." in shown
+    assert "communication: 61 all-reduces of 3.7 µs (one_shot), and the exchange." in shown
+
+
+def test_plan_says_why_nothing_is_predicted(colrow: Colrow) -> None:
+    shown = " ".join(colrow("plan", "--tp", "9").stdout.split())
+    assert "Prediction for NVIDIA H200, NVLink: none, links are known between 8 ranks" in shown
 
 
 @pytest.mark.parametrize(
@@ -185,6 +193,13 @@ def test_plan_as_data_is_the_plan_to_the_byte(
     assert data["checkpoint_bytes"] == plan.checkpoint_bytes
     assert data["replicated_bytes"] == plan.replicated_bytes
     assert data["all_reduce_bytes_per_token"] == plan.all_reduce_bytes_per_token
+    predicted = predicted_step(plan)
+    if plan.dtype == "float32":
+        assert predicted is None and data["prediction"] is None
+    else:
+        assert predicted is not None
+        assert data["prediction"]["step_s"] == predicted.seconds
+        assert data["prediction"]["communication_s"] == predicted.communication_s > 0
     for rank, shard in zip(data["ranks"], plan.ranks, strict=True):
         assert rank["ranges"] == {str(a): [r.start, r.stop] for a, r in shard.ranges.items()}
     # And the parameters add up to what the ranks are said to hold.

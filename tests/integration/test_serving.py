@@ -28,6 +28,7 @@ from colrow.v1 import (
     shard_plan_pb2,
     tensor_pb2,
 )
+from coordinator.cost_model import predicted_step
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis
 from coordinator.shard_plan import ShardPlan, make_plan
@@ -439,6 +440,15 @@ class TestOtherCalls:
         assert response.plan == expected_plan(make_plan(spec, tp))
         if tp == 2:
             assert response.plan == running.client.cluster().plan
+        predicted = predicted_step(make_plan(spec, tp))
+        assert predicted is not None
+        assert response.prediction.hardware == "NVIDIA H200, NVLink"
+        assert response.prediction.context_tokens == 128
+        assert response.prediction.step_s == predicted.seconds
+        assert response.prediction.communication_s == predicted.communication_s
+        assert response.prediction.num_all_reduces == (0 if tp == 1 else 61)
+        assert response.prediction.all_reduce_s == predicted.all_reduce.seconds
+        assert response.prediction.all_reduce_algorithm == ("" if tp == 1 else "one_shot")
 
     def test_a_dry_run_of_another_model_takes_its_config_type_and_weights(
         self, running: RunningCluster
@@ -454,6 +464,7 @@ class TestOtherCalls:
         )
         response = running.client.control.PlanShards(request, timeout=10)
         assert response.plan == expected_plan(plan)
+        assert not response.HasField("prediction"), "there are no figures of float32"
 
     def test_a_watch_repeats_itself_at_its_interval(self, running: RunningCluster) -> None:
         began = time.monotonic()

@@ -24,7 +24,10 @@ EDGES = {
 WEB = {"fastapi", "pydantic", "pydantic_core", "starlette", "uvicorn"}
 """What the HTTP API is made of; what it looks like is said with pydantic."""
 
-PURE = ("block_manager", "families", "model_spec", "scheduler", "sequence", "shard_plan")
+PURE = (
+    *("block_manager", "cost_model", "families", "model_spec"),
+    *("scheduler", "sequence", "shard_plan"),
+)
 """Modules of the coordinator that only compute."""
 
 
