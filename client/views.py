@@ -349,7 +349,7 @@ def communicated(worker: control_service_pb2.WorkerStatus) -> dict[str, tuple[in
 def communication_by_module_table(cluster: control_service_pb2.Cluster) -> Table:
     """A row for each module that communicates, a column for each rank's bytes.
 
-    Where calls were timed, also how long one took on the rank that waited least for the others.
+    Where calls were timed, also how long one took on average on the rank that waited least for others.
     """
     table = new_table("By module, in bytes that a rank put in", "module", "operation", "path")
     table.add_column("calls", justify="right")
@@ -362,7 +362,7 @@ def communication_by_module_table(cluster: control_service_pb2.Cluster) -> Table
             rows.setdefault(key, {})[worker.rank] = stats
     has_times = any(s.timed_calls for by_rank in rows.values() for s in by_rank.values())
     if has_times:
-        table.add_column("µs a call", justify="right")
+        table.add_column("µs a call, waiting included", justify="right")
     for (module, operation, path), by_rank in rows.items():
         calls = dict.fromkeys(f"{stats.calls:,}" for stats in by_rank.values())
         times = [s.timed_us / s.timed_calls for s in by_rank.values() if s.timed_calls]

@@ -318,6 +318,6 @@ def test_where_calls_were_timed_the_rank_that_waited_least_says_how_long_they_to
         worker.description.communication[1].timed_calls = 4
         worker.description.communication[1].timed_us = timed_us
     shown = rows(communication_by_module_table(made))
-    assert "module operation path calls rank 0 rank 1 µs a call" in shown
+    assert "module operation path calls rank 0 rank 1 µs a call, waiting included" in shown
     assert "model.layers.0 all_reduce shm 6 3,072 3,072 -" in shown
     assert "model.layers.1 all_reduce shm 6 3,072 3,072 5.0" in shown
