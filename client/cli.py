@@ -265,6 +265,21 @@ def status(
     layers: Annotated[
         bool, typer.Option("--layers", help="Show which layer communicated how much.")
     ] = False,
+    time_communication: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="STEPS",
+            help="Have the communication of so many steps timed first, and show that too.",
+        ),
+    ] = None,
+    tokens_per_step: Annotated[
+        int,
+        typer.Option(
+            min=1, help="That are computed for it if nothing else runs; more than 1 are a prompt."
+        ),
+    ] = 1,
 ) -> None:
     """Show a running cluster: its state, and what each rank holds and has communicated.
 
@@ -272,26 +287,41 @@ def status(
 
     With --watch and --json it is one object a line.
 
+    With --time-communication it says how long collectives take, by the path that they go: of steps of
+    the requests that run, or of some that are made for it.
+
     Example: colrow status --watch --interval 2
     """
     from client.serving import connected, termination_interrupts
+    from client.times_view import times_tables
     from client.views import console, message_data, status_tables
 
     out = console()
     endpoint = Endpoint(target or DEFAULT_TARGET, tls, api_key)
     if watch:
+        if time_communication is not None:
+            raise ValueError(f"time-communication = {time_communication}: leave out --watch")
         from client.watch import watch_cluster
 
         with contextlib.suppress(KeyboardInterrupt), termination_interrupts():  # meant to end so
             watch_cluster(endpoint, interval, out, as_json=as_json)
         return
-    with connected(endpoint) as (colrow, _):
+    times = None
+    with termination_interrupts(), connected(endpoint) as (colrow, _):
+        if time_communication is not None:
+            times = colrow.time_communication(time_communication, tokens_per_step=tokens_per_step)
         cluster = colrow.cluster()
     if as_json:
-        print(json.dumps(message_data(cluster), indent=2))
+        data = message_data(cluster)
+        if times is not None:
+            data["communication_times"] = message_data(times)
+        print(json.dumps(data, indent=2))
         return
     for table in status_tables(cluster, by_module=layers):
         out.print(table)
+    if times is not None:
+        for part in times_tables(times, by_module=layers):
+            out.print(part)
 
 
 @app.command()

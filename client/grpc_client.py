@@ -262,6 +262,18 @@ class Colrow:
             )
         return self._call(self.control.RunLayer, request)
 
+    def time_communication(
+        self, num_steps: int, *, tokens_per_step: int = 1, timeout_s: float | None = None
+    ) -> _control_pb.TimeCommunicationResponse:
+        """Has the collectives of the next steps timed, and waits for it.
+
+        `tokens_per_step` are those of requests that the coordinator makes where nothing else runs.
+        """
+        request = _control_pb.TimeCommunicationRequest(
+            num_steps=num_steps, tokens_per_step=tokens_per_step
+        )
+        return self._call(self.control.TimeCommunication, request, timeout_s)
+
     def healthy(self, timeout_s: float, *, live: bool = False) -> bool:
         """What the standard health service says: whether the coordinator, or a worker, serves now.
 

@@ -349,25 +349,35 @@ def communicated(worker: control_service_pb2.WorkerStatus) -> dict[str, tuple[in
 
 
 def communication_by_module_table(cluster: control_service_pb2.Cluster) -> Table:
-    """A row for each module that communicates, a column for each rank's bytes."""
-    table = new_table("By module, in bytes that a rank put in", "module", "operation")
+    """A row for each module that communicates, a column for each rank's bytes.
+
+    Where calls were timed, also how long one took on average on the rank that waited least for others.
+    """
+    table = new_table("By module, in bytes that a rank put in", "module", "operation", "path")
     table.add_column("calls", justify="right")
     for worker in cluster.workers:
         table.add_column(f"rank {worker.rank}", justify="right")
-    rows: dict[tuple[str, str], dict[int, shard_worker_service_pb2.CommunicationStats]] = {}
+    rows: dict[tuple[str, str, str], dict[int, shard_worker_service_pb2.CommunicationStats]] = {}
     for worker in cluster.workers:
         for stats in worker.description.communication:
-            rows.setdefault((stats.module, stats.operation), {})[worker.rank] = stats
-    for (module, operation), by_rank in rows.items():
+            key = stats.module, stats.operation, stats.path
+            rows.setdefault(key, {})[worker.rank] = stats
+    has_times = any(s.timed_calls for by_rank in rows.values() for s in by_rank.values())
+    if has_times:
+        table.add_column("µs a call, waiting included", justify="right")
+    for (module, operation, path), by_rank in rows.items():
         calls = dict.fromkeys(f"{stats.calls:,}" for stats in by_rank.values())
+        times = [s.timed_us / s.timed_calls for s in by_rank.values() if s.timed_calls]
         table.add_row(
             escape(module),
             operation,
+            escape(path),
             " / ".join(calls),  # one number: a collective is one call of every rank
             *(
                 f"{by_rank[worker.rank].payload_bytes:,}" if worker.rank in by_rank else "-"
                 for worker in cluster.workers
             ),
+            *((f"{min(times):,.1f}" if times else "-",) if has_times else ()),
         )
     return table
 

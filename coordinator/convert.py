@@ -23,10 +23,18 @@ from coordinator.cost_model import H200_NVLINK, SHORT_CONTEXT, predicted_step
 from coordinator.model_spec import Axis, Combine, ParameterSpec
 from coordinator.request import Output, Request, SamplingRequest
 from coordinator.run_layer import LayerRun, ModuleRun
-from coordinator.scheduler import NewSequence, SequenceLogprobs, Step, StepOutput
+from coordinator.scheduler import (
+    NewSequence,
+    RankTimes,
+    SequenceLogprobs,
+    Step,
+    StepOutput,
+    TimedCollective,
+)
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.shard_group import Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
+from coordinator.step_times import StepTimes
 from coordinator.tokenizer import ChatMessage, Tokenizer, chat_length
 from coordinator.worker_status import Link, OpStats, Phase, WorkerDescription, WorkerStatus
 
@@ -439,6 +447,7 @@ _PLAIN_FIELDS = (
     "resident_bytes",
     "file_bytes_read",
 )
+_STATS_FIELDS = tuple(_worker_pb.CommunicationStats.DESCRIPTOR.fields_by_name)
 
 
 def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescription:
@@ -447,7 +456,8 @@ def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescripti
         state=_WORKER_STATES.get(message.state, "unknown"),
         transport=_TRANSPORTS.get(message.transport),
         communication=tuple(
-            OpStats(s.operation, s.module, s.calls, s.payload_bytes) for s in message.communication
+            OpStats(**{name: getattr(s, name) for name in _STATS_FIELDS})
+            for s in message.communication
         ),
         supported_architectures=tuple(message.supported_architectures),
         links=links(message.links),
@@ -464,12 +474,7 @@ def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescript
         state=_WORKER_STATE_VALUES.get(worker.state, _worker_pb.WORKER_STATE_UNSPECIFIED),
         transport=transport_value(worker.transport),
         communication=[
-            _worker_pb.CommunicationStats(
-                operation=s.operation,
-                module=s.module,
-                calls=s.calls,
-                payload_bytes=s.payload_bytes,
-            )
+            _worker_pb.CommunicationStats(**{name: getattr(s, name) for name in _STATS_FIELDS})
             for s in worker.communication
         ],
         supported_architectures=worker.supported_architectures,
@@ -500,6 +505,26 @@ def _module_run(run: ModuleRun) -> _control_pb.ModuleRun:
             for partial in run.partials
         ],
         output=tensor_message(run.output),
+    )
+
+
+def times_response(times: StepTimes) -> _control_pb.TimeCommunicationResponse:
+    return _control_pb.TimeCommunicationResponse(
+        num_steps=times.num_steps,
+        num_tokens=times.num_tokens,
+        steps_us=times.steps_us,
+        times=[
+            _control_pb.CommunicationTime(
+                module=time.module,
+                operation=time.operation,
+                path=time.path,
+                calls=time.calls,
+                payload_bytes=time.payload_bytes,
+                own_us=time.own_ns / 1000,
+                rank_us=[ns / 1000 for ns in time.rank_ns],
+            )
+            for time in times.communication
+        ],
     )
 
 
@@ -542,6 +567,7 @@ def step_request(epoch: int, step: Step) -> _worker_pb.ExecuteStepsRequest:
             )
             for chunk in step.chunks
         ],
+        times_collectives=step.times_collectives,
     )
 
 
@@ -582,7 +608,19 @@ def step_answer(response: _worker_pb.ExecuteStepsResponse) -> StepAnswer:
                 for item in response.logprobs
             ),
         ),
-        response.duration_us,
+        RankTimes(
+            response.duration_us,
+            tuple(
+                TimedCollective(
+                    timed.operation,
+                    timed.module,
+                    timed.path,
+                    timed.payload_bytes,
+                    timed.duration_ns,
+                )
+                for timed in response.collectives
+            ),
+        ),
     )
 
 

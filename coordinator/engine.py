@@ -7,22 +7,25 @@ one; the coordinator reads it a step later. A sequence that turns out to have en
 """
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError
+from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
 from coordinator.request import ModelLimits, Output, Request, RequestRecord
 from coordinator.scheduler import Scheduler, Step, StepOutput
 from coordinator.sequence import Sequence, TokenLogprobs
+from coordinator.step_times import StepTimes
 from coordinator.stream import Choice, Stream
 from coordinator.tokenizer import Tokenizer
 
 QUEUE_RETRY_S = 1.0
+LOST_RETRY_S = 1.0
 
 
 class Steps(Protocol):
@@ -85,11 +88,14 @@ class Engine:
         self.num_generated_tokens = 0
         self.num_steps = 0
         """Whose results were read, in all epochs."""
+        self.idle = asyncio.Event()
+        """Set while the loop runs and has nothing to do."""
         self._steps = steps
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
         self._observer = observer or NoObserver()
         self._in_flight: deque[Step] = deque()
+        self._timing: list[StepTimes] = []
         self._choices: dict[int, tuple[Choice, Stream]] = {}  # by sequence id
         self._ids = itertools.count(1)
         self._work = asyncio.Event()
@@ -104,16 +110,46 @@ class Engine:
         self._in_flight.clear()
         self.scheduler.restart()
         self._error = None
-        while True:
-            while len(self._in_flight) < self._run_ahead and (step := self.scheduler.schedule()):
-                self._in_flight.append(step)
-                self._note_sent(step)
-                await self._steps.send(step)
-            if self._in_flight:
-                self._apply(self._in_flight.popleft(), await self._steps.receive())
-            else:
-                self._work.clear()
-                await self._work.wait()
+        try:
+            while True:
+                await self._turn()
+        finally:
+            self.idle.clear()
+            lost = Unavailable(
+                "the group of workers ended while its steps were timed",
+                reason="STEPS_LOST",
+                retry_after_s=LOST_RETRY_S,
+            )
+            for times in self._timing:
+                times.fail(lost)
+
+    async def _turn(self) -> None:
+        """Sends what can be sent, and reads one result or waits for work."""
+        while len(self._in_flight) < self._run_ahead and (step := self.scheduler.schedule()):
+            for times in self._timing:
+                if times.num_wanted:
+                    step = times.mark(step)
+            self._in_flight.append(step)
+            self._note_sent(step)
+            await self._steps.send(step)
+        if self._in_flight:
+            self._apply(self._in_flight.popleft(), await self._steps.receive())
+        else:
+            self._work.clear()
+            self.idle.set()
+            await self._work.wait()
+            self.idle.clear()
+
+    @contextlib.contextmanager
+    def timing(self, times: StepTimes) -> Iterator[None]:
+        """Within it steps are timed, as many as that wants; it fails when the group of workers does."""
+        if self._error is not None:
+            raise self._error
+        self._timing.append(times)
+        try:
+            yield
+        finally:
+            self._timing.remove(times)
 
     @property
     def has_requests(self) -> bool:
@@ -122,6 +158,8 @@ class Engine:
     def fail(self, error: ServiceError) -> None:
         """Ends every request with an error, and refuses new ones with it until `run` runs again."""
         self._error = error
+        for times in self._timing:
+            times.fail(error)
         self.drop(error)
 
     def drop(self, error: ServiceError) -> None:
@@ -141,6 +179,8 @@ class Engine:
     def _apply(self, step: Step, output: StepOutput) -> None:
         """Hands tokens and log-probabilities to the streams, and ends the sequences that are done."""
         self.num_steps += 1
+        for times in self._timing:
+            times.take(step, output)
         now = time.monotonic()
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for item in output.logprobs:

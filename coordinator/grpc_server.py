@@ -17,7 +17,7 @@ from colrow.v1 import (
     inference_service_pb2,
     inference_service_pb2_grpc,
 )
-from coordinator import convert, run_layer
+from coordinator import convert, run_layer, time_communication
 from coordinator.access import Access
 from coordinator.cluster import Cluster, parse_config
 from coordinator.families import model_spec
@@ -253,6 +253,16 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
                 reason="ANSWER_TOO_LARGE",
             )
         return response
+
+    async def TimeCommunication(
+        self, request: _control_pb.TimeCommunicationRequest, context: grpc.aio.ServicerContext
+    ) -> _control_pb.TimeCommunicationResponse:
+        with self._cluster.call() as engine:
+            return convert.times_response(
+                await time_communication.run(
+                    engine, request.num_steps, request.tokens_per_step or 1
+                )
+            )
 
     async def Drain(
         self, request: _control_pb.DrainRequest, context: grpc.aio.ServicerContext

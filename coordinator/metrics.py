@@ -348,24 +348,28 @@ class Metrics:
     def _communication(
         self, described: Sequence[tuple[str, WorkerDescription]]
     ) -> Iterator[Metric]:
-        labels = ["rank", "operation", "module"]
-        num_bytes = CounterMetricFamily(
-            "colrow_communication_bytes",
-            "What a rank put into a collective, by the part of the model that called it.",
-            labels=labels,
-        )
-        calls = CounterMetricFamily(
-            "colrow_communication_calls",
-            "Calls of a collective, by the part of the model that called it.",
-            labels=labels,
-        )
-        for rank, description in described:
-            for stats in description.communication:
-                values = [rank, stats.operation, stats.module]
-                num_bytes.add_metric(values, stats.payload_bytes)
-                calls.add_metric(values, stats.calls)
-        yield num_bytes
-        yield calls
+        for name, field, scale, documentation in (
+            ("bytes", "payload_bytes", 1, "What a rank put into collectives."),
+            ("calls", "calls", 1, "Calls of collectives."),
+            ("timed_bytes", "timed_bytes", 1, "What a rank put into collectives that were timed."),
+            ("timed_calls", "timed_calls", 1, "Calls of collectives that were timed."),
+            (
+                "timed_seconds",
+                "timed_us",
+                1e6,
+                "What these took, waiting for the other ranks included.",
+            ),
+        ):
+            family = CounterMetricFamily(
+                f"colrow_communication_{name}",
+                f"{documentation} By the part of the model that called, and by path.",
+                labels=["rank", "operation", "module", "path"],
+            )
+            for rank, description in described:
+                for stats in description.communication:
+                    values = [rank, stats.operation, stats.module, stats.path]
+                    family.add_metric(values, getattr(stats, field) / scale)
+            yield family
 
 
 def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:

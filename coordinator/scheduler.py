@@ -51,6 +51,7 @@ class Step:
     finished: tuple[int, ...]
     new_sequences: tuple[NewSequence, ...]
     chunks: tuple[Chunk, ...]
+    times_collectives: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,31 @@ class SequenceLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class TimedCollective:
+    """One call of a collective on one rank; the time includes waiting for the other ranks."""
+
+    operation: str
+    module: str
+    path: str
+    payload_bytes: int
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """How long a rank took for a step, and where it was to say so for its collectives, in order."""
+
+    duration_us: int
+    collectives: tuple[TimedCollective, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step sampled, by sequence id, and the log-probabilities that were asked for."""
 
     tokens: Mapping[int, int]
     logprobs: tuple[SequenceLogprobs, ...] = ()
+    by_rank: tuple[RankTimes, ...] = ()
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -7,7 +7,7 @@ raised with its rank and address in it.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from colrow.errors import (
     ServiceError,
     Unavailable,
 )
-from coordinator.scheduler import Step, StepOutput
+from coordinator.scheduler import RankTimes, Step, StepOutput
 from coordinator.shard_plan import ShardPlan
 from coordinator.worker_status import Link, LoadProgress, Phase, WorkerDescription, WorkerStatus
 
@@ -42,7 +42,7 @@ class StepAnswer:
 
     step_id: int
     output: StepOutput
-    duration_us: int
+    times: RankTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,16 +360,16 @@ class ShardGroup:
         DeadlineExceeded names the ranks that lag.
         """
 
-        async def one(rank: int, worker: Worker) -> StepOutput:
+        async def one(rank: int, worker: Worker) -> StepAnswer:
             answer = await worker.receive()
             status = self.statuses[rank]
             status.last_step_id = answer.step_id
-            status.busy_us += answer.duration_us
-            return answer.output
+            status.busy_us += answer.times.duration_us
+            return answer
 
         try:
             async with asyncio.timeout(self._step_timeout_s):
-                results = await self._all(one)
+                answers = await self._all(one)
         except TimeoutError as error:
             least = min(status.last_step_id for status in self.statuses)
             late = [status for status in self.statuses if status.last_step_id == least]
@@ -381,15 +381,15 @@ class ShardGroup:
                 reason="STEP_TIMEOUT",
                 metadata={"rank": ",".join(str(status.rank) for status in late)},
             ) from error
-        first = results[0]
-        for rank, output in enumerate(results):
-            if output.tokens != first.tokens:
+        first = answers[0].output
+        for rank, answer in enumerate(answers):
+            if answer.output.tokens != first.tokens:
                 raise Internal(
-                    f"worker {rank} sampled {output.tokens}, worker 0 {first.tokens}: the ranks "
-                    "disagree",
+                    f"worker {rank} sampled {answer.output.tokens}, worker 0 {first.tokens}: the "
+                    "ranks disagree",
                     reason="RANKS_DISAGREE",
                 )
-        return first
+        return replace(first, by_rank=tuple([answer.times for answer in answers]))
 
     async def compute_partial(self, module: str, activation: np.ndarray) -> list[Partial]:
         """Every rank's partial output of one module."""

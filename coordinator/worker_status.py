@@ -30,12 +30,19 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class OpStats:
-    """Calls of one collective by one part of the model, and the bytes that a rank put into them."""
+    """Calls of one collective by one part of the model, and the bytes that a rank put into them.
+
+    `path` is by which way they went. Some of them were timed; that includes waiting for other ranks.
+    """
 
     operation: str
     module: str
+    path: str
     calls: int
     payload_bytes: int
+    timed_calls: int = 0
+    timed_bytes: int = 0
+    timed_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ def step(request: _pb.ExecuteStepsRequest) -> Step:
             Chunk(chunk.sequence_id, chunk.num_tokens, tuple(chunk.new_block_ids))
             for chunk in request.chunks
         ),
+        times_collectives=request.times_collectives,
     )
 
 
@@ -159,6 +160,16 @@ def step_response(epoch: int, result: StepResult) -> _pb.ExecuteStepsResponse:
         token_ids=result.token_ids,
         duration_us=result.duration_us,
         logprobs=[_sequence_logprobs(sequence) for sequence in result.logprobs],
+        collectives=[
+            _pb.TimedCollective(
+                operation=timed.stats.operation,
+                module=timed.stats.module,
+                path=timed.stats.path,
+                payload_bytes=timed.payload_bytes,
+                duration_ns=timed.duration_ns,
+            )
+            for timed in result.collectives
+        ],
     )
 
 
@@ -233,6 +244,10 @@ def description(worker: Description) -> _pb.WorkerDescription:
                 calls=stats.calls,
                 payload_bytes=stats.payload_bytes,
                 module=stats.module,
+                path=stats.path,
+                timed_calls=stats.timed_calls,
+                timed_bytes=stats.timed_bytes,
+                timed_us=stats.timed_ns // 1000,
             )
             for stats in worker.communication
         ],

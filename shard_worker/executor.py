@@ -55,13 +55,8 @@ from shard_worker.model_roots import ModelRoots
 from shard_worker.model_runner import ModelRunner, Step, StepResult
 from shard_worker.partial import Partial, compute_partial
 from shard_worker.sampler import Sampler
-from shard_worker.sharding import (
-    OpStats,
-    Parameter,
-    ShardLayout,
-    ShardTensors,
-    TensorParallel,
-)
+from shard_worker.sharding import Parameter, ShardLayout, ShardTensors
+from shard_worker.tensor_parallel import OpStats, TensorParallel
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ its block table. A sampled token stays on the device, where it is the next step'
 launched before the last one's tokens were read, or even exist.
 """
 
-import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ from shard_worker.models import Model
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
 from shard_worker.step_graphs import GraphChunk, StepGraphs
+from shard_worker.stopwatch import Stopwatch, hold_back
+from shard_worker.tensor_parallel import CollectiveTimes, TimedCollective
 
 # Of a prompt's logits, so that a long one takes no more memory than this: at 128k token ids, 64 MiB.
 _LOGPROB_ROWS = 128
@@ -55,12 +56,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass of the running batch. Finished sequences are forgotten before it."""
+    """One forward pass of the running batch. Finished sequences are forgotten before it.
+
+    One that `times_collectives` gives the same tokens, and runs without a CUDA graph.
+    """
 
     step_id: int
     finished: Sequence[int]
     new_sequences: Sequence[NewSequence]
     chunks: Sequence[Chunk]
+    times_collectives: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,8 @@ class StepResult:
     """The sampled token of each sequence that sampled, in the order of the chunks.
 
     `logprobs` are those that were asked for; rank 0 alone has them. A chunk that ends a prompt may
-    have two entries, of the prompt's tokens and, after it, of the sampled one.
+    have two entries, of the prompt's tokens and, after it, of the sampled one. `collectives` are all of
+    a step that times them, in order.
     """
 
     step_id: int
@@ -85,52 +91,23 @@ class StepResult:
     token_ids: Sequence[int]
     duration_us: int
     logprobs: Sequence[SequenceLogprobs] = ()
-
-
-class _Stopwatch:
-    """How long the device works from here to `stop`. On a GPU that is not known before it has."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._began_ns = time.perf_counter_ns()
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
-            self._events[0].record()
-
-    def stop(self) -> None:
-        self._ended_ns = time.perf_counter_ns()
-        if self._events is not None:
-            self._events[1].record()
-
-    @property
-    def is_done(self) -> bool:
-        return self._events is None
-
-    def wait(self) -> int:
-        """Waits for the device; the time in microseconds."""
-        if self._events is None:
-            return (self._ended_ns - self._began_ns) // 1000
-        started, ended = self._events
-        ended.synchronize()
-        return int(started.elapsed_time(ended) * 1000)
+    collectives: Sequence[TimedCollective] = ()
 
 
 class Launched:
-    """A step that was queued on the device. `result` waits for it and may be called by any thread."""
+    """A step that was queued on the device. `result` waits for it; any thread may call it, once."""
 
     def __init__(
         self,
         step: Step,
-        watch: "_Stopwatch",
+        watch: Stopwatch,
+        times: CollectiveTimes,
         sampled: Sequence[int],
         tokens: Tensor,
         logprobs: Sequence[SequenceLogprobs],
     ) -> None:
         """sampled: sequence ids. tokens: int64 [len(sampled)], on the device."""
-        self._step, self._watch = step, watch
+        self._step, self._watch, self._times = step, watch, times
         self._sampled, self._logprobs = sampled, logprobs
         if tokens.is_cuda:
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -146,7 +123,7 @@ class Launched:
 
     def result(self) -> StepResult:
         """The tokens, in the order of the step's chunks."""
-        duration_us = self._watch.wait()
+        duration_us = self._watch.wait_ns() // 1000
         tokens = dict(zip(self._sampled, self._tokens.tolist(), strict=True))
         ordered = [chunk.sequence_id for chunk in self._step.chunks if chunk.sequence_id in tokens]
         return StepResult(
@@ -155,6 +132,7 @@ class Launched:
             token_ids=[tokens[sequence_id] for sequence_id in ordered],
             duration_us=duration_us,
             logprobs=self._logprobs,
+            collectives=self._times.wait(),
         )
 
 
@@ -237,15 +215,27 @@ class ModelRunner:
     def launch(self, step: Step) -> Launched:
         """Queues one step. InvalidArgument, before anything runs, when it does not fit the sequences."""
         self._check(step)
-        watch = _Stopwatch(self.device)
+        if step.times_collectives:
+            hold_back(self.device)
+        watch = Stopwatch(self.device)
+        with self.sampler.tp.timing(step.times_collectives) as times:
+            sampled, tokens, logprobs = self._compute(step)
+        return Launched(step, watch, times, sampled, tokens, logprobs)
+
+    def _compute(self, step: Step) -> tuple[list[int], Tensor, list[SequenceLogprobs]]:
+        """The sequences that sampled, their tokens, and the log-probabilities that are asked for."""
         self._admit(step)
         prefills, decodes = self._spans(step.chunks)
         spans = prefills + decodes
         sampling = [span for span in spans if span.samples]
         if not spans:
-            return Launched(step, watch, (), self.last_tokens[:0], ())
+            return [], self.last_tokens[:0], []
         self._set_known_tokens(decodes)
-        if (replayed := self._replay(prefills, decodes, sampling)) is not None:
+        replayed = None
+        # What is within a graph can't be timed.
+        if not step.times_collectives:
+            replayed = self._replay(prefills, decodes, sampling)
+        if replayed is not None:
             tokens, logprobs = replayed
         else:
             batch = self._batch(prefills, decodes)
@@ -261,8 +251,7 @@ class ModelRunner:
             span.sequence.num_computed = span.stop
         for span in sampling:
             span.sequence.num_tokens += 1
-        sampled = [span.sequence.sequence_id for span in sampling]
-        return Launched(step, watch, sampled, tokens, logprobs)
+        return [span.sequence.sequence_id for span in sampling], tokens, logprobs
 
     def close(self) -> None:
         """Gives up the cache and all that refers to it, whoever may still refer to this."""

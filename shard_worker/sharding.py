@@ -4,130 +4,14 @@ The coordinator says how each parameter is split (`Parameter`) and which range o
 owns; nothing here knows a model family or decides a range.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from colrow.errors import InvalidArgument
-from shard_worker.communicator import Communicator
-
-
-@dataclass(slots=True)
-class OpStats:
-    """What one part of the model has communicated by one collective since the group was joined.
-
-    Plain integers that one thread increments: other threads may read them at any time.
-    """
-
-    module: str
-    operation: str
-    """"all_reduce" or "all_gather"."""
-    path: str
-    """By which way: "shm", "gloo", "nccl" and what else a communicator has."""
-    calls: int = 0
-    payload_bytes: int = 0
-    """Of this rank's inputs."""
-
-
-@dataclass(slots=True)
-class TensorParallel:
-    """This rank's place among the ranks, and what each part of the model communicates there.
-
-    The communicator is renewed with each epoch. The model calls it through `collectives`, which count.
-    """
-
-    rank: int
-    size: int
-    comm: Communicator
-    _stats: dict[tuple[str, str, str], OpStats] = field(default_factory=dict)
-
-    def collectives(self, module: str) -> "Collectives":
-        """What a part of the model calls to communicate, in this epoch and those that follow."""
-        return Collectives(self, module)
-
-    def stats(self, module: str, operation: str, path: str) -> OpStats:
-        """The counters of one collective of a module, the same until the next epoch."""
-        key = module, operation, path
-        if (stats := self._stats.get(key)) is None:
-            stats = self._stats[key] = OpStats(*key)
-        return stats
-
-    def all_stats(self) -> list[OpStats]:
-        """Copies of all counters, in the order in which they came up; from any thread."""
-        return [replace(stats) for stats in list(self._stats.values())]
-
-    def take_back(self, earlier: Iterable[OpStats]) -> list[OpStats]:
-        """Sets the counters back to what `all_stats` said earlier, and gives what came since.
-
-        What is captured in a CUDA graph is counted then, and happens when it is replayed (`count`).
-        """
-        before = {(stats.module, stats.operation, stats.path): stats for stats in earlier}
-        since = []
-        for key, stats in self._stats.items():
-            old = before.get(key, OpStats(*key))
-            calls, payload_bytes = stats.calls - old.calls, stats.payload_bytes - old.payload_bytes
-            if calls:
-                since.append(OpStats(*key, calls, payload_bytes))
-            stats.calls, stats.payload_bytes = old.calls, old.payload_bytes
-        return since
-
-    def count(self, happened: Iterable[OpStats]) -> None:
-        """Adds to the counters."""
-        for more in happened:
-            stats = self.stats(more.module, more.operation, more.path)
-            stats.calls += more.calls
-            stats.payload_bytes += more.payload_bytes
-
-    def renew(self, comm: Communicator) -> None:
-        """A new epoch: its communicator, and counters that start again."""
-        self.comm = comm
-        self._stats.clear()
-
-    def forget_stats(self) -> None:
-        """Another model is built, with other modules."""
-        self._stats.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Collectives:
-    """The collectives of one part of the model: the one place where they are called and counted.
-
-    The communicator's own say what they do and raise (`Communicator`).
-    """
-
-    tp: TensorParallel
-    module: str
-    """What they are counted for: "model.layers.3", "model.embed_tokens", "sampler"."""
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, IN PLACE; returns x itself."""
-        comm = self.tp.comm
-        self._count("all_reduce", comm.all_reduce_path(x.nbytes), x)
-        return comm.all_reduce(x)
-
-    def all_reduce_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> Tensor | None:
-        """residual += the sum over the ranks, IN PLACE -> that, RMS-normalised. None, and nothing done,
-        where the communicator has no such operation for x."""
-        fusing = self.tp.comm.norm_fusing(x)
-        if fusing is None:
-            return None
-        self._count("all_reduce", self.tp.comm.all_reduce_path(x.nbytes), x)
-        return fusing.all_reduce_rms_norm(x, residual, weight, eps)
-
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """[..., sizes[rank]] -> [..., sum(sizes)], the ranks' side by side. NOT in place."""
-        comm = self.tp.comm
-        self._count("all_gather", comm.transport, x)
-        return comm.all_gather(x, sizes)
-
-    def _count(self, operation: str, path: str, x: Tensor) -> None:
-        stats = self.tp.stats(self.module, operation, path)
-        stats.calls += 1
-        stats.payload_bytes += x.nbytes
+from shard_worker.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)

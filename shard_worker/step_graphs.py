@@ -24,7 +24,7 @@ from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.models import Model
 from shard_worker.sampler import Sampler
-from shard_worker.sharding import OpStats
+from shard_worker.tensor_parallel import OpStats
 
 log = logging.getLogger(__name__)
 

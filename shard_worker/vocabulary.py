@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shard_worker.sharding import Collectives, TensorParallel
+from shard_worker.tensor_parallel import Collectives, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ def hints(folder: Path, **further: Any) -> dict[str, st.SearchStrategy[Any]]:
         "module": st.sampled_from(MODULES),
         "layer": SMALL,
         "num_tokens": SMALL,
+        "num_steps": SMALL,
+        "tokens_per_step": SMALL,
         "max_tokens": SMALL,
         "n": st.sampled_from((1, 2, 128)),
         "tp_size": st.sampled_from((1, 2, 3, 1024)),

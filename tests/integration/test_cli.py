@@ -631,7 +631,8 @@ def test_status_by_layer_adds_up(colrow: Colrow, target: str) -> None:
     colrow("generate", "hi", "--max-tokens", "2", "--target", target)
     shown = colrow("status", "--layers", "--target", target).stdout
     of_all = re.search(r"^ +0 +all_reduce +([\d,]+) +([\d,]+) *$", shown, re.MULTILINE)
-    by_module = re.findall(r"^ +model\.\S+ +all_reduce +([\d,]+) +([\d,]+) ", shown, re.MULTILINE)
+    row = r"^ +model\.\S+ +all_reduce +shm +([\d,]+) +([\d,]+) "
+    by_module = re.findall(row, shown, re.MULTILINE)
     assert of_all is not None
     assert len(by_module) == 31, "the embedding and 30 layers"
     for column in (0, 1):

@@ -22,7 +22,8 @@ from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import KvCache
 from shard_worker.model_runner import Chunk, ModelRunner, NewSequence, Step
 from shard_worker.sampler import Draw, Sampler, Sampling
-from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors, TensorParallel
+from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
+from shard_worker.tensor_parallel import TensorParallel
 
 pytestmark = pytest.mark.timeout(120)
 

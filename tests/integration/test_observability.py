@@ -191,7 +191,7 @@ async def test_counts_are_exactly_what_was_done(
         assert shown.value("colrow_worker_weight_bytes", rank=rank) == shard.weight_bytes
         assert shown.value("colrow_worker_busy_seconds_total", rank=rank) > 0
         assert shown.value("colrow_worker_resident_bytes", rank=rank) > shard.weight_bytes
-        of_rank = {"rank": rank, "operation": "all_reduce"}
+        of_rank = {"rank": rank, "operation": "all_reduce", "path": "shm"}
         num_bytes = shown.values("colrow_communication_bytes_total", **of_rank)
         per_layer = plan.all_reduce_bytes_per_token_per_layer * computed
         layers = {f"model.layers.{index}": per_layer for index in range(plan.spec.num_layers)}

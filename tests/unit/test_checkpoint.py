@@ -26,13 +26,8 @@ from coordinator.shard_plan import ShardPlan, make_plan
 from shard_worker import checkpoint
 from shard_worker.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LoadProgress
 from shard_worker.communicator.single import SingleCommunicator
-from shard_worker.sharding import (
-    Parameter,
-    Section,
-    ShardLayout,
-    ShardTensors,
-    TensorParallel,
-)
+from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
+from shard_worker.tensor_parallel import TensorParallel
 from tests import checkpoints
 
 Ranges = Mapping[str, tuple[int, int]]

@@ -53,7 +53,14 @@ FILES: list[FileDescriptor] = [
 ]
 SERVICES: dict[str, set[str]] = {
     "InferenceService": {"Generate", "Score", "Tokenize", "Detokenize", "GetModel"},
-    "ControlService": {"GetCluster", "WatchCluster", "PlanShards", "RunLayer", "Drain"},
+    "ControlService": {
+        "GetCluster",
+        "WatchCluster",
+        "PlanShards",
+        "RunLayer",
+        "TimeCommunication",
+        "Drain",
+    },
     "ShardWorkerService": {
         *("Describe", "JoinGroup", "ConnectPeers", "LoadShard", "AllocateKvCache"),
         *("ExecuteSteps", "ComputePartial", "AbortGroup"),

@@ -23,7 +23,14 @@ from coordinator.request import (
     SamplingRequest,
     Usage,
 )
-from coordinator.scheduler import Scheduler, SequenceLogprobs, Step, StepOutput
+from coordinator.scheduler import (
+    RankTimes,
+    Scheduler,
+    SequenceLogprobs,
+    Step,
+    StepOutput,
+    TimedCollective,
+)
 from coordinator.sequence import FinishReason, TokenLogprobs
 from coordinator.tokenizer import Tokenizer
 
@@ -117,7 +124,19 @@ class Workers:
             logprobs += [
                 SequenceLogprobs(sequence_id, at, (logprob_of(tokens, at),)) for at in wanted
             ]
-        self._results.append((step.step_id, StepOutput(sampled, tuple(logprobs))))
+        by_rank = tuple(RankTimes(1000, self.collectives(step, rank)) for rank in range(2))
+        self._results.append((step.step_id, StepOutput(sampled, tuple(logprobs), by_rank)))
+
+    def collectives(self, step: Step, rank: int) -> tuple[TimedCollective, ...]:
+        """Where they are asked for: of two calls, each rank waits for the other in one."""
+        if not step.times_collectives:
+            return ()
+        size = 8 * sum(chunk.num_tokens for chunk in step.chunks)
+        return (
+            TimedCollective("all_reduce", "layer", "shm", size, 100_000 if rank else 30_000),
+            TimedCollective("all_reduce", "layer", "shm", size, 40_000 if rank else 90_000),
+            TimedCollective("all_gather", "sampler", "shm", 16 + rank, 5_000),
+        )
 
     async def receive(self) -> StepOutput:
         step_id, sampled = self._results.popleft()

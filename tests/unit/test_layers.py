@@ -33,13 +33,8 @@ from shard_worker.layers.linear import (
 )
 from shard_worker.layers.norm import LayerNorm, RMSNorm
 from shard_worker.layers.rotary import RotaryEmbedding, rotate
-from shard_worker.sharding import (
-    Parameter,
-    Section,
-    ShardLayout,
-    ShardTensors,
-    TensorParallel,
-)
+from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
+from shard_worker.tensor_parallel import TensorParallel
 
 CPU = torch.device("cpu")
 

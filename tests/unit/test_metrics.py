@@ -66,9 +66,10 @@ DESCRIPTION = WorkerDescription(
     resident_bytes=5000,
     file_bytes_read=0,
     communication=(
-        OpStats("all_reduce", "model.layers.0", 4, 512),
-        OpStats("all_reduce", "model.layers.1", 4, 256),
-        OpStats("all_gather", "sampler", 1, 8),
+        OpStats("all_reduce", "model.layers.0", "shm", 4, 512, 2, 256, 1_500_000),
+        OpStats("all_reduce", "model.layers.0", "aside", 1, 64),
+        OpStats("all_reduce", "model.layers.1", "shm", 4, 256),
+        OpStats("all_gather", "sampler", "shm", 1, 8),
     ),
     supported_architectures=(),
 )
@@ -320,19 +321,24 @@ async def test_workers_are_shown_by_rank_and_their_communication_by_module(
     assert weights == {"0": 1000, "1": 1001}
     assert await scraped.value("colrow_worker_kv_cache_bytes", rank="1") == 200
     assert await scraped.value("colrow_worker_resident_bytes", rank="1") == 5000
-    by = ("rank", "operation", "module")
+    by = ("rank", "operation", "module", "path")
     num_bytes = await scraped.values("colrow_communication_bytes_total", *by)
     assert num_bytes == {
         (rank, *rest): value
         for rank in ("0", "1")
         for rest, value in (
-            (("all_reduce", "model.layers.0"), 512),
-            (("all_reduce", "model.layers.1"), 256),
-            (("all_gather", "sampler"), 8),
+            (("all_reduce", "model.layers.0", "shm"), 512),
+            (("all_reduce", "model.layers.0", "aside"), 64),
+            (("all_reduce", "model.layers.1", "shm"), 256),
+            (("all_gather", "sampler", "shm"), 8),
         )
     }
     calls = await scraped.values("colrow_communication_calls_total", *by)
-    assert calls["1", "all_reduce", "model.layers.0"] == 4
+    assert calls["1", "all_reduce", "model.layers.0", "shm"] == 4
+    for name, value in (("calls", 2), ("bytes", 256), ("seconds", 1.5)):
+        timed = await scraped.values(f"colrow_communication_timed_{name}_total", *by)
+        assert timed["1", "all_reduce", "model.layers.0", "shm"] == value
+        assert timed["1", "all_reduce", "model.layers.0", "aside"] == 0
 
 
 async def test_a_worker_that_does_not_answer_is_not_up_and_shows_nothing_held(

@@ -32,7 +32,7 @@ from shard_worker.model_runner import (
 )
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
-from shard_worker.sharding import OpStats, TensorParallel
+from shard_worker.tensor_parallel import OpStats, TensorParallel, TimedCollective
 from tests.unit.thread_ranks import run_ranks
 
 VOCAB = 61
@@ -125,6 +125,7 @@ class Worker:
         sizes: dict[int, int],
         new: Sequence[NewSequence] = (),
         finished: Sequence[int] = (),
+        timed: bool = False,
     ) -> StepResult:
         """Runs so many tokens of each sequence, in blocks that it gives them by turns."""
         self.step_id += 1
@@ -139,7 +140,8 @@ class Worker:
             self.next_block += missing
             self.blocks[id] += fresh
             chunks.append(Chunk(id, num_tokens, fresh))
-        result: StepResult = self.runner.launch(Step(self.step_id, finished, new, chunks)).result()
+        step = Step(self.step_id, finished, new, chunks, times_collectives=timed)
+        result: StepResult = self.runner.launch(step).result()
         for id, token in zip(result.sequence_ids, result.token_ids, strict=True):
             self.tokens.setdefault(id, []).append(token)
         for entry in result.logprobs:
@@ -539,6 +541,48 @@ def test_logprobs_arrive_as_they_were() -> None:
     assert list(token.top_logprobs) == list(own.top_logprobs)
 
 
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_a_step_that_is_timed_gives_the_same_tokens_and_says_how_long_collectives_took(
+    sizes: Sequence[int],
+) -> None:
+    sequences = [new(1, prompt(9)), new(2, prompt(5, 1), SAMPLED)]
+
+    def generate(tp: TensorParallel, timed: bool) -> list[StepResult]:
+        worker = Worker.start(tp, sizes)
+        results = [worker.step({1: 9, 2: 5}, sequences, timed=timed)]
+        results += [worker.step({1: 1, 2: 1}, timed=timed and step % 2 == 0) for step in range(6)]
+        return results
+
+    plain = run_ranks(len(sizes), lambda tp: generate(tp, False))
+    timed = run_ranks(len(sizes), lambda tp: generate(tp, True))
+    for without, results in zip(plain, timed, strict=True):
+        assert [r.token_ids for r in results] == [r.token_ids for r in without]
+        assert [r.logprobs for r in results] == [r.logprobs for r in without]
+        assert not any(r.collectives for r in without)
+        for result, is_timed in zip(results, (True, *(True, False) * 3), strict=True):
+            assert bool(result.collectives) == (is_timed and len(sizes) > 1)
+            took_ns = sum(call.duration_ns for call in result.collectives)
+            assert all(call.duration_ns > 0 for call in result.collectives)
+            assert took_ns <= (result.duration_us + 1) * 1000
+    # The same calls in the same order on every rank.
+    for by_rank in zip(*timed, strict=True):
+        calls = [[(c.stats.operation, c.stats.path) for c in r.collectives] for r in by_rank]
+        assert calls == [calls[0]] * len(sizes)
+
+
+def test_the_times_of_a_step_are_told_in_order() -> None:
+    asked = shard_worker_service_pb2.ExecuteStepsRequest(step_id=3, times_collectives=True)
+    assert convert.step(asked).times_collectives
+    layer = OpStats("model.layers.3", "all_reduce", "shm")
+    sampler = OpStats("sampler", "all_gather", "aside")
+    calls = [TimedCollective(layer, 64, 1500), TimedCollective(sampler, 8, 700)]
+    told = convert.step_response(1, StepResult(3, (), (), 5, collectives=calls)).collectives
+    assert [(c.module, c.operation, c.path, c.payload_bytes, c.duration_ns) for c in told] == [
+        ("model.layers.3", "all_reduce", "shm", 64, 1500),
+        ("sampler", "all_gather", "aside", 8, 700),
+    ]
+
+
 def test_communication_is_told_by_operation_and_module() -> None:
     worker = Description(
         host_id="host",
@@ -554,7 +598,7 @@ def test_communication_is_told_by_operation_and_module() -> None:
         resident_bytes=0,
         file_bytes_read=0,
         communication=[
-            OpStats("model.layers.3", "all_reduce", "shm", 2, 64),
+            OpStats("model.layers.3", "all_reduce", "shm", 2, 64, 1, 32, 1_999),
             OpStats("sampler", "all_gather", "shm"),
         ],
         links=[Link(1, "nccl", "it can't be opened")],
@@ -562,7 +606,12 @@ def test_communication_is_told_by_operation_and_module() -> None:
     (link,) = convert.description(worker).links
     assert (link.rank, link.path, link.note) == (1, "nccl", "it can't be opened")
     told = [
-        (s.module, s.operation, s.calls, s.payload_bytes)
+        (s.module, s.operation, s.path, s.calls, s.payload_bytes)
         for s in convert.description(worker).communication
     ]
-    assert told == [("model.layers.3", "all_reduce", 2, 64), ("sampler", "all_gather", 0, 0)]
+    assert told == [
+        ("model.layers.3", "all_reduce", "shm", 2, 64),
+        ("sampler", "all_gather", "shm", 0, 0),
+    ]
+    layer = convert.description(worker).communication[0]
+    assert (layer.timed_calls, layer.timed_bytes, layer.timed_us) == (1, 32, 1)

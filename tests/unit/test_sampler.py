@@ -30,7 +30,7 @@ from shard_worker import truncation
 from shard_worker.logprobs import TokenLogprobs
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
-from shard_worker.sharding import TensorParallel
+from shard_worker.tensor_parallel import TensorParallel
 from tests.unit.thread_ranks import run_ranks
 
 INF = float("inf")

@@ -62,6 +62,7 @@ def cluster(
                         shard_worker_service_pb2.CommunicationStats(
                             operation="all_reduce",
                             module=f"model.layers.{layer}",
+                            path="shm",
                             calls=2 * steps,
                             payload_bytes=1024 * steps,
                         )
@@ -306,6 +307,17 @@ def test_communication_is_summed_over_modules_and_compared_with_the_plan() -> No
 
 def test_communication_by_module_has_a_column_for_each_rank() -> None:
     shown = rows(communication_by_module_table(cluster(3)))
-    assert "module operation calls rank 0 rank 1" in shown
-    assert "model.layers.0 all_reduce 6 3,072 3,072" in shown
-    assert "model.layers.1 all_reduce 6 3,072 3,072" in shown
+    assert "module operation path calls rank 0 rank 1" in shown
+    assert "model.layers.0 all_reduce shm 6 3,072 3,072" in shown
+    assert "model.layers.1 all_reduce shm 6 3,072 3,072" in shown
+
+
+def test_where_calls_were_timed_the_rank_that_waited_least_says_how_long_they_took() -> None:
+    made = cluster(3)
+    for worker, timed_us in zip(made.workers, (90, 20), strict=True):
+        worker.description.communication[1].timed_calls = 4
+        worker.description.communication[1].timed_us = timed_us
+    shown = rows(communication_by_module_table(made))
+    assert "module operation path calls rank 0 rank 1 µs a call, waiting included" in shown
+    assert "model.layers.0 all_reduce shm 6 3,072 3,072 -" in shown
+    assert "model.layers.1 all_reduce shm 6 3,072 3,072 5.0" in shown

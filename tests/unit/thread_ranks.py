@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shard_worker.communicator import Communicator
 from shard_worker.communicator.single import SingleCommunicator
-from shard_worker.sharding import TensorParallel
+from shard_worker.tensor_parallel import TensorParallel
 
 T = TypeVar("T")
 
