@@ -8,6 +8,8 @@ among its own.
 The draw is a counter-based generator's (Philox, Salmon et al., 2011), keyed by the request's seed and
 the index of the token, so that every rank draws the same, a replay gives the same text, and the rest of
 the batch has no part in it.
+
+On a GPU all of this is only queued; penalties and log-probabilities alone wait for the device.
 """
 
 from collections.abc import Sequence
@@ -51,7 +53,7 @@ class Sampler:
         self.rank_sizes = tuple(rank_sizes)
         self.device = device
         self.vocabulary = Vocabulary(tp, self.rank_sizes, start, tp.collectives("sampler"))
-        self.truncation = Truncation(self.vocabulary)
+        self.truncation = Truncation(self.vocabulary, looks=device.type == "cpu")
         self.logprobs = Logprobs(self.vocabulary)
 
     def adjustment(
@@ -82,8 +84,10 @@ class Sampler:
             return self._random(logits, draws)
         greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
         tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
-        tokens[greedy] = self.greedy(logits[greedy])
-        tokens[random] = self._random(logits[random], [draws[row] for row in random])
+        rows = to_device(greedy, logits.device)
+        tokens[rows] = self.greedy(logits[rows])
+        rows = to_device(random, logits.device)
+        tokens[rows] = self._random(logits[rows], [draws[row] for row in random])
         return tokens
 
     def greedy(self, logits: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class Collectives:
         comm = self.tp.comm
         if (fusing := comm.norm_fusing(x)) is None:
             return None
-        watch = self._called("all_reduce", comm.all_reduce_path(x.nbytes), x)
+        watch = self.tp.called(self.module, "all_reduce", comm.all_reduce_path(x.nbytes), x)
         normalised = fusing.all_reduce_rms_norm(x, residual, weight, eps)
         if watch is not None:
             watch.stop()

@@ -23,13 +23,19 @@ from shard_worker.vocabulary import Vocabulary
 _CANDIDATES = 64
 _DIGIT_BITS = 8
 _BASE = 1 << _DIGIT_BITS
+_ALL_BITS = 2**31 - 1  # of an int32 but its sign
 
 
 class Truncation:
-    """Finds the least logit that is kept of each row. All ranks find the same."""
+    """Finds the least logit that is kept of each row. All ranks find the same.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    Nothing waits for the device, unless it `looks` which rows a search can be spared: that is free on a
+    CPU, and on a GPU it would be to wait for all that is queued. All ranks look, or none does.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, looks: bool) -> None:
         self.vocabulary = vocabulary
+        self.looks = looks
 
     def __call__(
         self, logits: Tensor, mass: Tensor, largest: Tensor, samplings: Sequence[Sampling]
@@ -49,7 +55,8 @@ class Truncation:
         else:
             least = torch.full_like(largest, float("-inf"))
             if cut:
-                least[cut] = self._top(logits[cut], mass[cut], [samplings[row] for row in cut])
+                rows = to_device(cut, logits.device)
+                least[rows] = self._top(logits[rows], mass[rows], [samplings[row] for row in cut])
         if relative:
             least = torch.maximum(least, _min_p(largest, samplings))
         # Whatever was rounded, the likeliest token stays.
@@ -83,7 +90,10 @@ class Truncation:
         least = torch.maximum(least, crossed)
         # A crossing is the true one when no likelier token was kept back.
         sure = (crossed >= unseen) | (top_p == 1)
-        if unsure := (~sure).squeeze(1).nonzero().squeeze(1).tolist():
+        if not self.looks:
+            return torch.where(sure, least, self._search(logits, mass, wanted))
+        unsure = (~sure).squeeze(1).nonzero().squeeze(1)
+        if len(unsure):
             least[unsure] = self._search(logits[unsure], mass[unsure], wanted[unsure])
         return least
 
@@ -112,28 +122,27 @@ class Truncation:
 
         A radix search: of the logits' bits, in an order in which integers compare as the numbers do, the
         digits are found from the highest on, each from the mass of the tokens by that digit, summed over
-        the ranks. How flat a distribution is plays hardly a part in how long this takes.
+        the ranks. It takes as long for a flat distribution as for a peaked one, and decides nothing on
+        the host.
         """
-        # The tokens that begin with the digits found so far, a pair a row. Digits have no sign.
-        rows = [(to_ordered(x).long().add_(2**31), m) for x, m in zip(logits, mass, strict=True)]
+        # Turned around, so that the likeliest tokens have the lowest digits.
+        bits = to_ordered(logits).bitwise_xor_(_ALL_BITS)
+        inside = mass.clone()  # 0 for tokens that don't begin with the digits found so far
         above = torch.zeros_like(wanted)  # mass of the tokens above those
         found = torch.zeros_like(wanted, dtype=torch.int64)
         for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-            # Counted down from the highest digit, so that the likeliest come first.
-            digits = [(_BASE - 1) - ((keys >> shift) & (_BASE - 1)) for keys, _ in rows]
-            local = mass.new_zeros((len(rows), _BASE))
-            for sums, d, (_, m) in zip(local, digits, rows, strict=True):
-                sums.scatter_add_(0, d, m)
+            digits = (bits >> shift).bitwise_and_(_BASE - 1)
+            local = mass.new_zeros((len(mass), _BASE)).scatter_add_(1, digits.long(), inside)
             whole = self.vocabulary.gather_equal(local).cumsum(1)[:, -1]
             reached = torch.cat((above, whole), dim=-1).cumsum_(-1)
             digit = torch.searchsorted(reached[:, 1:].contiguous(), wanted).clamp_(max=_BASE - 1)
             above = reached.gather(1, digit)
-            found = (found << _DIGIT_BITS) | ((_BASE - 1) - digit)
-            for row, inside in enumerate(map(torch.eq, digits, digit)):
-                keys, m = rows[row]
-                rows[row] = (keys[inside], m[inside])
+            found = (found << _DIGIT_BITS) | digit
+            if shift:
+                inside.masked_fill_(digits != digit.int(), 0)
         # Where rounding has let no digit reach it the bits may be no number's: then all are kept.
-        return from_ordered((found - 2**31).int()).nan_to_num_(nan=torch.finfo(torch.float32).min)
+        least = from_ordered((_ALL_BITS - found).int())
+        return least.nan_to_num_(nan=torch.finfo(torch.float32).min)
 
 
 def _min_p(largest: Tensor, samplings: Sequence[Sampling]) -> Tensor:

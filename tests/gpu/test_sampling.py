@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from client.grpc_client import array
+from shard_worker.communicator.single import SingleCommunicator
+from shard_worker.sampler import Draw, Sampler
+from shard_worker.sampling import Sampling
+from shard_worker.sharding import TensorParallel
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster
 
@@ -61,6 +66,30 @@ def test_every_way_of_sampling(
     with cluster(gpu_pools[True], folder, 1, "--run-ahead", str(run_ahead)) as running:
         for settings, expected, tokens in zip(SETTINGS, wanted, answers(running), strict=True):
             assert tokens == expected, settings
+
+
+def test_draws_are_queued_and_those_of_a_cpu() -> None:
+    """Of flat and peaked rows, and a greedy one. torch raises where an operation waits for the GPU."""
+    limits = [(0, 1.0, 0.0), (20, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1), (500, 0.9, 0.01)]
+    draws = [
+        Draw(Sampling(temperature, top_k, top_p, seed=index, min_p=min_p), index)
+        for index, (top_k, top_p, min_p) in enumerate(limits * 2)
+        for temperature in (0.2, 0.0, 1.5)
+    ]
+    logits = 2 * torch.randn(len(draws), 50_000, generator=torch.Generator().manual_seed(0))
+
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        tp = TensorParallel(0, 1, SingleCommunicator())
+        return Sampler(tp, (50_000,), 0, logits.device)(logits, draws)
+
+    sample(logits.cuda())  # the first call sets libraries up
+    on_device = logits.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = sample(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.tolist() == sample(logits).tolist()
 
 
 @pytest.mark.parametrize("module", ["self_attn", "mlp", "mlp.down_proj", "input_layernorm"])

@@ -57,14 +57,20 @@ class Row:
         return Draw(self.sampling, self.place, adjustment)
 
 
-def sample(logits: Tensor, rows: Sequence[Row], sizes: Sequence[int] = ()) -> list[int]:
-    """What the ranks, with `sizes` token ids each, sample; they must all sample the same."""
+def sample(
+    logits: Tensor, rows: Sequence[Row], sizes: Sequence[int] = (), looks: bool = True
+) -> list[int]:
+    """What the ranks, with `sizes` token ids each, sample; they must all sample the same.
+
+    Those that don't look at intermediate results do as on a GPU.
+    """
     sizes = tuple(sizes) or (logits.shape[1],)
     assert sum(sizes) == logits.shape[1]
 
     def one(tp: TensorParallel) -> list[int]:
         start = sum(sizes[: tp.rank])
         sampler = Sampler(tp, sizes, start)
+        sampler.truncation.looks = looks
         piece = logits[:, start : start + sizes[tp.rank]].clone()
         return sampler(piece, [row.draw(sampler) for row in rows]).tolist()
 
@@ -164,10 +170,11 @@ ROWS = st.builds(
     sizes=splits(VOCAB),
     seed=st.integers(0, 2**32),
     candidates=st.sampled_from([1, 3, 64]),
+    looks=st.booleans(),
 )
 @settings(max_examples=250, deadline=None)
 def test_tokens_are_those_of_transformers_however_the_vocabulary_is_split(
-    rows: list[Row], sizes: list[int], seed: int, candidates: int
+    rows: list[Row], sizes: list[int], seed: int, candidates: int, looks: bool
 ) -> None:
     """Also when a rank shows so few tokens that a top-p has to be searched for."""
     logits = random_logits(len(rows), VOCAB, seed)
@@ -176,7 +183,7 @@ def test_tokens_are_those_of_transformers_however_the_vocabulary_is_split(
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(truncation, "_CANDIDATES", candidates)
-        assert sample(logits, rows, sizes) == expected
+        assert sample(logits, rows, sizes, looks) == expected
 
 
 @given(rows=st.lists(ROWS, min_size=2, max_size=6), data=st.data())
@@ -194,18 +201,19 @@ def test_a_row_samples_the_same_alone_and_in_any_batch(
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0, 30.0])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.9999])
 @pytest.mark.parametrize("sizes", [(3000,), (1500, 1500), (1, 2000, 999)])
+@pytest.mark.parametrize("looks", [True, False])
 def test_top_p_of_flat_and_of_peaked_distributions(
-    scale: float, top_p: float, sizes: Sequence[int]
+    looks: bool, scale: float, top_p: float, sizes: Sequence[int]
 ) -> None:
     """From one token to thousands; all that are as likely as the last one are kept."""
     logits = random_logits(6, 3000, scale=scale)
     rows = [Row(sampling(0.7 + 0.1 * i, top_p=top_p, seed=i)) for i in range(6)]
     if scale == 0:
         rows_without = [replace(row, sampling=replace(row.sampling, top_p=1.0)) for row in rows]
-        assert sample(logits, rows, sizes) == sample(logits, rows_without)
+        assert sample(logits, rows, sizes, looks) == sample(logits, rows_without)
     else:
         expected = [expected_token(x, row) for x, row in zip(logits, rows, strict=True)]
-        assert sample(logits, rows, sizes) == expected
+        assert sample(logits, rows, sizes, looks) == expected
 
 
 # Greedy

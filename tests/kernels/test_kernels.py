@@ -5,28 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from shard_worker import kernels
+from tests.kernels.numbers import DEVICE, DTYPES, TOLERANCE, attend, error, large, normal
 
 pytestmark = pytest.mark.timeout(300)  # the first call of a kernel compiles it
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
-
-
-def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖"""
-    assert actual.shape == expected.shape
-    return float((actual.double() - expected).norm() / expected.norm())
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 4096), (7, 576), (3, 8192), (5, 12)])
+@pytest.mark.parametrize("shape", [(1, 4096), (7, 576), (3, 8192), (5, 12), (2, 97), (1, 1)])
 def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype)
     expected = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
@@ -54,7 +41,7 @@ def test_add_rms_norm_adds_in_place(shape: tuple[int, int], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 14336), (9, 104), (300, 1536), (2, 97)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 14336), (9, 104), (3, 1025), (2, 97), (1, 1)])
 def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up = normal(rows, 2 * width, dtype=dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
@@ -62,11 +49,11 @@ def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim"), [(40, 128), (12, 64), (5, 12), (3, 8)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(40, 128), (12, 64), (5, 12), (3, 8), (1, 2)])
 def test_rotate_turns_heads_in_place(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     whole = normal(6, heads + 3, head_dim, dtype=dtype)
     before = whole.clone()
-    angles = torch.rand(6, head_dim // 2, device="cuda") * 6
+    angles = torch.rand(6, head_dim // 2, device=DEVICE) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     rotation = (
         torch.cat((cos, cos), -1).unsqueeze(1),
@@ -87,13 +74,16 @@ def test_rotate_turns_heads_in_place(heads: int, head_dim: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_write_kv_stores_at_slots_and_leaves_out_negative_ones(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
+def test_write_kv_stores_at_slots_and_leaves_out_negative_ones(
+    slot_type: torch.dtype, dtype: torch.dtype
+) -> None:
     heads = normal(4, 9, 12, dtype=dtype)
     k, v = heads[:, 3:6], heads[:, 6:]
-    keys = torch.full((5, 4, 3, 12), 7.0, device="cuda", dtype=dtype)
+    keys = torch.full((5, 4, 3, 12), 7.0, device=DEVICE, dtype=dtype)
     values = keys.clone()
     expected_keys, expected_values = keys.clone(), values.clone()
-    slots = torch.tensor([17, -1, 0, 6], device="cuda", dtype=torch.int32)
+    slots = torch.tensor([17, -1, 0, 6], device=DEVICE, dtype=slot_type)
     kernels.attention.write_kv(k, v, keys, values, slots)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -105,7 +95,14 @@ def test_write_kv_stores_at_slots_and_leaves_out_negative_ones(dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(3072, 4096), (331, 72), (128, 7168), (6, 1000)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"),
+    [
+        pytest.param(3072, 4096, marks=large),
+        *((12, 4096), (128, 7168), (6, 1024)),
+        *((331, 72), (6, 1000), (5, 1025), (3, 4097), (1, 1)),
+    ],
+)
 def test_gemv(outputs: int, inputs: int, biased: bool, dtype: torch.dtype) -> None:
     weight, x = normal(outputs, inputs, dtype=dtype), normal(1, inputs, dtype=dtype)
     bias = normal(outputs, dtype=dtype) if biased else None
@@ -113,30 +110,31 @@ def test_gemv(outputs: int, inputs: int, biased: bool, dtype: torch.dtype) -> No
     assert error(kernels.gemv.gemv(weight, x, bias), expected) < TOLERANCE[dtype]
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
-    """One token over its context in float64: q [q_heads, d], keys and values [n, kv_heads, d]"""
-    if window is not None:
-        keys, values = keys[-window:], values[-window:]
-    group = q.shape[0] // keys.shape[1]
-    k = keys.double().repeat_interleave(group, 1)
-    v = values.double().repeat_interleave(group, 1)
-    weights = (torch.einsum("hd,nhd->hn", q.double(), k) * scale).softmax(-1)
-    return torch.einsum("hn,nhd->hd", weights, v)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "head_dim", "block_size", "window"),
     [
-        (32, 8, 128, 16, None),
+        pytest.param(32, 8, 128, 16, None, marks=large),
         (9, 3, 64, 16, None),
         (10, 2, 12, 4, None),
         (7, 7, 8, 16, 24),
         (16, 1, 128, 16, 1000),
         (4, 4, 256, 5, None),
+        (8, 2, 16, 16, 16),
+        (8, 1, 32, 16, 1),
     ],
 )
-@pytest.mark.parametrize("lengths", [(1,), (0, 129, 64), (2000,), (3, 77, 700, 1, 63, 65) * 12])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        *((1,), (0, 129, 64), (15, 16, 17, 63, 65, 128), (700,)),
+        *(
+            pytest.param(lengths, marks=large)
+            for lengths in ((2000,), (3, 77, 700, 1, 63, 65) * 12)
+        ),
+    ],
+    ids=lambda lengths: str(lengths[:6]),
+)
 def test_decode_attention_over_the_paged_cache(
     q_heads: int,
     kv_heads: int,
@@ -150,7 +148,7 @@ def test_decode_attention_over_the_paged_cache(
     num_blocks = len(lengths) * most
     keys = normal(num_blocks, block_size, kv_heads, head_dim, dtype=dtype)
     values = normal(num_blocks, block_size, kv_heads, head_dim, dtype=dtype)
-    tables = torch.randperm(num_blocks, device="cuda").view(len(lengths), most).int()
+    tables = torch.randperm(num_blocks, device=DEVICE).view(len(lengths), most).int()
     # Between other heads, as the merged projection has them.
     q = normal(len(lengths), q_heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :q_heads]
     out = kernels.attention.decode_attention(
@@ -158,7 +156,7 @@ def test_decode_attention_over_the_paged_cache(
         keys,
         values,
         tables.t().contiguous().t(),
-        torch.tensor(lengths, device="cuda", dtype=torch.int32),
+        torch.tensor(lengths, device=DEVICE, dtype=torch.int32),
         scale=head_dim**-0.5,
         window=window,
     )

@@ -1,4 +1,4 @@
-"""Attention of a whole batch on a GPU, prefill chunks beside decoding sequences, against float64."""
+"""Attention of a whole batch, prefill chunks beside decoding sequences, against float64."""
 
 from dataclasses import replace
 
@@ -8,7 +8,16 @@ import torch
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan, PrefillSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.layers.attention import Attention
-from tests.gpu.test_kernels import DTYPES, TOLERANCE, attend, error, normal
+from tests.kernels.numbers import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    TOLERANCE,
+    attend,
+    error,
+    large,
+    normal,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -18,22 +27,33 @@ BLOCK_SIZE = 16
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
-    ("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (4, 4, 40)]
+    ("q_heads", "kv_heads", "head_dim"),
+    [pytest.param(32, 8, 128, marks=large), (9, 3, 64), (4, 4, 40), (8, 2, 12), (8, 1, 16)],
 )
-@pytest.mark.parametrize("computed", [(0,), (37,), (0, 64, 5)])
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(0, 23)],
+        [(37, 23)],
+        [(0, 23), (64, 30), (5, 37)],
+        [(0, 1), (0, 16), (15, 17), (48, 32), (16, 15)],
+    ],
+    ids=str,
+)
+# Launched apart, they are kernels on a GPU alone: a CPU has torch's attention.
+@pytest.mark.parametrize("is_packed", [True] if INTERPRETED else [False, True])
 def test_a_batch_of_chunks_and_decodes(
     is_packed: bool,
-    computed: tuple[int, ...],
+    chunks: list[tuple[int, int]],
     q_heads: int,
     kv_heads: int,
     head_dim: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> None:
-    device = torch.device("cuda")
-    lengths = [*(23 + 7 * place for place in range(len(computed))), 1, 1]
-    starts = [*computed, 70, 3]
+    """A chunk is of some tokens after those that are computed already."""
+    lengths = [*(length for _, length in chunks), 1, 1]
+    starts = [*(computed for computed, _ in chunks), 70, 3]
     num_blocks = 8
     cache = KvCache.allocate(
         num_layers=1,
@@ -42,11 +62,11 @@ def test_a_batch_of_chunks_and_decodes(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=dtype,
-        device=device,
+        device=DEVICE,
     )
     layer = cache.layers[0]
-    tables = torch.randperm(num_blocks * len(lengths), device=device).view(-1, num_blocks)
-    slots = (tables[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)).flatten(1)
+    tables = torch.randperm(num_blocks * len(lengths), device=DEVICE).view(-1, num_blocks)
+    slots = (tables[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=DEVICE)).flatten(1)
     contexts = [
         normal(s + n, 2, kv_heads, head_dim, dtype=dtype)
         for s, n in zip(starts, lengths, strict=True)
@@ -57,21 +77,21 @@ def test_a_batch_of_chunks_and_decodes(
     new = torch.cat([context[start:] for start, context in zip(starts, contexts, strict=True)])
     places = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
     batch = ForwardBatch(
-        token_ids=torch.zeros(sum(lengths), dtype=torch.int64, device=device),
+        token_ids=torch.zeros(sum(lengths), dtype=torch.int64, device=DEVICE),
         positions=torch.cat(
             [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-        ).to(device),
+        ).to(DEVICE),
         slot_mapping=torch.cat(
             [slots[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))]
         ),
         prefills=tuple(
             PrefillSpan(places[row], places[row + 1], starts[row], tables[row])
-            for row in range(len(computed))
+            for row in range(len(chunks))
         ),
         decode=DecodeSpan(
-            start=places[len(computed)],
-            block_ids=tables[len(computed) :],
-            context_lens=torch.tensor(starts[len(computed) :], device=device) + 1,
+            start=places[len(chunks)],
+            block_ids=tables[len(chunks) :],
+            context_lens=torch.tensor(starts[len(chunks) :], device=DEVICE) + 1,
             block_size=BLOCK_SIZE,
         ),
         kv_cache=cache,
@@ -84,10 +104,10 @@ def test_a_batch_of_chunks_and_decodes(
         ]
         sequences = [places[:-1], lengths, [s + n for s, n in zip(starts, lengths, strict=True)]]
         packed = PackedSpan(
-            tiles=torch.tensor([*tiles, (-1, 0)], device=device, dtype=torch.int32)
+            tiles=torch.tensor([*tiles, (-1, 0)], device=DEVICE, dtype=torch.int32)
             .t()
             .contiguous(),
-            sequences=torch.tensor(sequences, device=device, dtype=torch.int32),
+            sequences=torch.tensor(sequences, device=DEVICE, dtype=torch.int32),
             block_ids=tables.int(),
         )
         batch = replace(batch, prefills=(), decode=None, packed=packed)
