@@ -46,7 +46,8 @@ from shard_worker.communicator import (
 )
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
-from shard_worker.communicator.peer import MAX_RANKS, PeerCommunicator, PeerMemory
+from shard_worker.communicator.peer import PeerCommunicator
+from shard_worker.communicator.peer_sums import MAX_RANKS, PeerMemory
 from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_worker.communicator import peer
+from shard_worker.communicator import peer_sums
 from shard_worker.communicator.peer import Reach, choose_reach
 
 KIB, MIB = 2**10, 2**20
@@ -81,7 +81,7 @@ def test_the_rest_is_nccls() -> None:
 def test_the_kernel_compiles_for_a_gpu_and_keeps_to_its_registers(
     num_ranks: int, element: int, tmp_path: Path
 ) -> None:
-    source = Path(peer.__file__).with_name("peer_all_reduce.cu")
+    source = Path(peer_sums.__file__).with_name("peer_all_reduce.cu")
     command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", "kernel.cubin"]
     defined = [f"-DRANKS={num_ranks}", f"-DELEMENT={element}", "-DITEMS=1"]
     told = subprocess.run(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shard_worker.communicator import peer
+from shard_worker.communicator import peer_sums
 
 ROOT = Path(__file__).parents[2]
 KERNEL = ROOT / "shard_worker" / "communicator" / "peer_all_reduce.cu"
@@ -33,8 +33,8 @@ Compile = Callable[..., ctypes.CDLL]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are quick to simulate, and that a tensor without rows takes several blocks of."""
-    monkeypatch.setattr(peer, "SLOT_BYTES", 32 * 1024)
-    monkeypatch.setattr(peer, "_PLAIN_WIDTH", 8)
+    monkeypatch.setattr(peer_sums, "SLOT_BYTES", 32 * 1024)
+    monkeypatch.setattr(peer_sums, "_PLAIN_WIDTH", 8)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,12 @@ class Simulation:
         self.library, self.num_ranks = library, num_ranks
         self.ran: list[Ran] = []
         generator = torch.Generator().manual_seed(seed)
-        words = peer.TURNS * num_ranks * peer.SLOT_BYTES // 4
-        memories = [torch.full((words,), peer.EMPTY, dtype=torch.int32) for _ in range(num_ranks)]
-        self.states = [torch.zeros(peer.STATE_WORDS, dtype=torch.int32) for _ in memories]
-        self.mailboxes = [torch.zeros(peer.MAILBOX_WORDS, dtype=torch.int32) for _ in memories]
+        words = peer_sums.TURNS * num_ranks * peer_sums.SLOT_BYTES // 4
+        memories = [
+            torch.full((words,), peer_sums.EMPTY, dtype=torch.int32) for _ in range(num_ranks)
+        ]
+        self.states = [torch.zeros(peer_sums.STATE_WORDS, dtype=torch.int32) for _ in memories]
+        self.mailboxes = [torch.zeros(peer_sums.MAILBOX_WORDS, dtype=torch.int32) for _ in memories]
         self.kept = memories
         library.reset(num_ranks, ctypes.c_uint64(seed))
         for call in calls:
@@ -139,14 +141,14 @@ class Simulation:
                 term[torch.rand(shape, generator=generator) < 0.1] = -0.0
                 if dtype == torch.float32:
                     marked = torch.rand(shape, generator=generator) < 0.1
-                    term.view(torch.int32)[marked] = peer.EMPTY
+                    term.view(torch.int32)[marked] = peer_sums.EMPTY
             residual = torch.randn(shape, generator=generator).to(dtype)
             weight = torch.randn(call.hidden, generator=generator).to(dtype)
             ran = Ran(call, terms, residual, weight, [], [])
             for rank, term in enumerate(terms):
                 ran.residuals.append(residual.clone())
                 ran.outs.append(torch.full(shape, 7.0, dtype=dtype))
-                launch = peer.plan_launch(
+                launch = peer_sums.plan_launch(
                     term,
                     ran.outs[-1],
                     ran.residuals[-1] if call.normalises else None,
@@ -185,11 +187,11 @@ class Simulation:
         return turns
 
     def has_failed(self, rank: int) -> bool:
-        return bool(self.states[rank][peer.FAILED])
+        return bool(self.states[rank][peer_sums.FAILED])
 
     def missing(self, rank: int) -> list[int]:
         """Who did not come, as this rank's device says."""
-        return self.mailboxes[rank][peer.MISSING :].nonzero().flatten().tolist()
+        return self.mailboxes[rank][peer_sums.MISSING :].nonzero().flatten().tolist()
 
     def check(self) -> None:
         """Every rank has the sum in rank order, rounded once, to the bit."""
@@ -250,7 +252,7 @@ def test_other_types(compiled: Compile, dtype: torch.dtype, num_ranks: int) -> N
 def test_rows_wider_than_a_block(
     compiled: Compile, monkeypatch: pytest.MonkeyPatch, two_shot: bool
 ) -> None:
-    monkeypatch.setattr(peer, "_MAX_THREADS", 32)
+    monkeypatch.setattr(peer_sums, "_MAX_THREADS", 32)
     calls = [Call(2, 8 * 75, two_shot=two_shot), Call(1, 8 * 96, two_shot=two_shot)] * 3
     simulation = Simulation(compiled(torch.bfloat16), 3, calls)
     assert simulation.run() > 0
