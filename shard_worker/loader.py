@@ -20,7 +20,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,23 +192,25 @@ def _pieces(
             yield _Piece(source, destination, index, first, last, start, stop)
 
 
-def _read(descriptor: int, piece: _Piece, memory: Tensor) -> None:
-    """Fills memory, uint8 [piece.num_bytes]. DataLoss when the file ends before that."""
+def _read(descriptor: int, piece: _Piece, destination: Tensor) -> None:
+    """Fills destination, uint8 [piece.num_bytes]. DataLoss when the file ends before that."""
     source = piece.source
-    rows: np.ndarray = memory.numpy().reshape(piece.last - piece.first, -1)
+    memory = memoryview(destination.numpy())  # type: ignore[arg-type]
+    width = piece.stop - piece.start
     before = 0  # bytes of the slice in a period before this span
     for start, stop in source.spans:
         low, high = max(before, piece.start), min(before + stop - start, piece.stop)
         if low < high:
-            at = source.offset + piece.first * source.period_bytes + start + low - before
-            offsets = range(at, at + len(rows) * source.period_bytes, source.period_bytes)
-            columns = rows[:, low - piece.start : high - piece.start]
-            _read_rows(descriptor, columns, offsets, source.file)
+            first = range(low - piece.start, len(memory), width)
+            rows = [memory[at : at + high - low] for at in first]
+            offset = source.offset + piece.first * source.period_bytes + start + low - before
+            offsets = range(offset, offset + len(rows) * source.period_bytes, source.period_bytes)
+            _read_rows(descriptor, rows, offsets, source.file)
         before += stop - start
 
 
-def _read_rows(descriptor: int, rows: np.ndarray, offsets: range, file: Path) -> None:
-    """Fills each row, uint8 [rows, bytes], from its offset."""
+def _read_rows(descriptor: int, rows: list[memoryview], offsets: range, file: Path) -> None:
+    """Fills each row from its offset."""
     # There may be millions, so what is done for each of them is left to `map`.
     counts = map(os.preadv, repeat(descriptor), zip(rows, strict=False), offsets)
     for row, offset, count in zip(rows, offsets, counts, strict=True):

@@ -57,6 +57,8 @@ def load(
 
 
 def pinned_bytes() -> int:
+    """What torch has from the system, in use or not."""
+    torch.cuda.init()
     return torch.cuda.memory.host_memory_stats()["allocated_bytes.current"]
 
 
@@ -78,7 +80,7 @@ def test_a_gpu_gets_the_bits_that_a_cpu_gets(
         for name, expected in on_cpu.items():
             assert on_gpu[name].is_cuda
             assert torch.equal(on_gpu[name].cpu(), expected), name
-    assert pinned_bytes() == before
+    assert pinned_bytes() <= before
 
 
 def test_an_abort_leaves_no_pinned_memory(tmp_path: Path) -> None:
@@ -86,4 +88,4 @@ def test_an_abort_leaves_no_pinned_memory(tmp_path: Path) -> None:
     before = pinned_bytes()
     with pytest.raises(AbortedError):
         load(folder, 1, 0, "cuda:0", torch.float32, piece_bytes=1000, abort_after=5)
-    assert pinned_bytes() == before
+    assert pinned_bytes() <= before
