@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ import torch
 from coordinator.families import model_spec
 from coordinator.shard_plan import ShardPlan, make_plan
 from shard_worker import checkpoint, loader, models
+from shard_worker.__main__ import SWITCH_INTERVAL_S
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors, TensorParallel
 
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     cores = len(os.sched_getaffinity(0))
     threads = arguments.threads or min(loader.MAX_THREADS, cores)
     config = config_of(int(arguments.gib * 2**30))
