@@ -4,16 +4,14 @@ The format: an 8-byte little-endian header length, a JSON header with data type,
 each tensor, then the data, row-major (https://huggingface.co/docs/safetensors). A checkpoint is one
 `model.safetensors` or several files named by `model.safetensors.index.json`.
 
-A slice along the first dimension is one stretch of the file. One along a later dimension is a stretch
-for each row, read straight into place; `pread` counts what was read, which a memory map could not.
+A slice along the first dimension is one stretch of the file, one along a later dimension a stretch for
+each row. Which bytes they are is said here; `loader` reads them.
 """
 
 import fnmatch
 import json
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import DataLoss, InvalidArgument
+from shard_worker import loader
 from shard_worker.model_roots import ModelRoots
 from shard_worker.sharding import ShardLayout
 
@@ -210,27 +209,48 @@ def load(
     stored: Mapping[str, StoredTensor],
     destinations: Mapping[str, Tensor],
     progress: Callable[[LoadProgress], None],
+    *,
+    piece_bytes: int = loader.PIECE_BYTES,
+    num_threads: int | None = None,
 ) -> int:
     """Fills every destination with this rank's slice and returns the bytes read.
 
     `destinations[name]` has `layout.local_shape(name)`; the data is converted to its type. `progress`
-    is called after each parameter. Raises DataLoss when a file ends early.
+    is called after each piece of a parameter, and what it raises ends the load. How it is read, and in
+    how much memory, `loader.load` says. Raises DataLoss when a file ends early.
     """
     assert stored.keys() == destinations.keys(), "every parameter has one place to go"
-    total = sum(prod(layout.local_shape(name)) * stored[name].dtype.itemsize for name in stored)
-    done = 0
-    with ExitStack() as files:
-        descriptors: dict[Path, int] = {}
-        # In file order, so that a cold disk is read forwards.
-        order = sorted(stored, key=lambda name: (stored[name].file, stored[name].offset))
-        for count, name in enumerate(order, 1):
-            tensor = stored[name]
-            if tensor.file not in descriptors:
-                descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
-                files.callback(os.close, descriptors[tensor.file])
-            done += _read_slice(descriptors[tensor.file], tensor, layout, name, destinations[name])
-            progress(LoadProgress(done, total, count, len(stored)))
-    return done
+    slices = [(file_slice(layout, name, stored[name]), destinations[name]) for name in stored]
+    total = sum(source.num_bytes for source, _ in slices)
+
+    def report(bytes_read: int, parameters_loaded: int) -> None:
+        progress(LoadProgress(bytes_read, total, parameters_loaded, len(stored)))
+
+    return loader.load(slices, report, piece_bytes=piece_bytes, num_threads=num_threads)
+
+
+def file_slice(layout: ShardLayout, name: str, tensor: StoredTensor) -> loader.FileSlice:
+    """Where this rank's slice of a parameter lies."""
+    split = layout.parameters[name].split_dim or 0
+    extent = tensor.shape[split] if tensor.shape else 1
+    owned: list[tuple[int, int]] = []
+    for start, stop in layout.slices(name) or ((0, extent),):
+        if owned and owned[-1][1] == start:
+            start = owned.pop()[0]
+        owned.append((start, stop))
+    periods = prod(tensor.shape[:split])
+    if owned == [(0, extent)]:  # one stretch of the file, whatever the dimension
+        periods, extent, owned = 1, periods * extent, [(0, periods * extent)]
+    index_bytes = prod(tensor.shape[split + 1 :]) * tensor.dtype.itemsize
+    spans = tuple((start * index_bytes, stop * index_bytes) for start, stop in owned)
+    return loader.FileSlice(
+        file=tensor.file,
+        dtype=tensor.dtype,
+        offset=tensor.offset,
+        num_periods=periods,
+        period_bytes=extent * index_bytes,
+        spans=spans,
+    )
 
 
 def fill_randomly(
@@ -254,41 +274,3 @@ def fill_randomly(
             destination.normal_(0.0, 0.02, generator=generator)
         done += destination.nbytes
         progress(LoadProgress(done, total, count, len(destinations)))
-
-
-def _read_slice(
-    descriptor: int, tensor: StoredTensor, layout: ShardLayout, name: str, destination: Tensor
-) -> int:
-    local_shape = layout.local_shape(name)
-    direct = (
-        destination.dtype == tensor.dtype
-        and destination.is_contiguous()
-        and destination.device.type == "cpu"
-    )
-    buffer = destination if direct else torch.empty(local_shape, dtype=tensor.dtype)
-    memory = memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-    split = layout.parameters[name].split_dim or 0
-    row_bytes = prod(tensor.shape[split + 1 :]) * tensor.dtype.itemsize  # one index of the split
-    extent = tensor.shape[split] if tensor.shape else 1
-    slices = layout.slices(name) or ((0, extent),)
-    filled = 0
-    for outer in range(prod(tensor.shape[:split])):
-        for start, stop in slices:
-            num_bytes = (stop - start) * row_bytes
-            offset = tensor.offset + (outer * extent + start) * row_bytes
-            _read_fully(descriptor, memory[filled : filled + num_bytes], offset, tensor.file)
-            filled += num_bytes
-    assert filled == len(memory), f"{name}: {filled} bytes for {len(memory)}"
-    if not direct:
-        destination.copy_(buffer)
-    return filled
-
-
-def _read_fully(descriptor: int, memory: memoryview, offset: int, file: Path) -> None:
-    # One pread moves at most 2 GiB.
-    while memory:
-        count = os.preadv(descriptor, [memory], offset)
-        if count == 0:
-            raise DataLoss(f"{file}: ended at byte {offset} while it was read")
-        memory, offset = memory[count:], offset + count
