@@ -26,7 +26,7 @@ from tests import clusters
 COMMAND = str(Path(sys.executable).with_name("colrow"))
 COMMANDS = (
     *("serve", "coordinator", "worker", "generate", "chat", "status", "plan", "layer", "bench"),
-    *("health", "fetch", "demo"),
+    *("health", "fetch", "demo", "doctor"),
 )
 
 START_TIMEOUT_S = 60.0
