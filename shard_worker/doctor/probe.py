@@ -194,7 +194,7 @@ def peer_access(probe: Probe) -> None:
                     continue
                 target = torch.zeros(_WRITTEN_BYTES, dtype=torch.uint8, device=f"cuda:{owner}")
                 torch.cuda.synchronize(owner)
-                pattern = torch.frombuffer(bytearray(_pattern(writer)), dtype=torch.uint8)
+                pattern = _pattern(writer)
                 # A copy between devices is queued on the one that has the source: it writes.
                 target.copy_(pattern.to(f"cuda:{writer}"))
                 torch.cuda.synchronize(writer)
@@ -206,7 +206,7 @@ def peer_access(probe: Probe) -> None:
 
 def cuda_ipc(probe: Probe) -> None:
     """A rank on each device that the arguments name opens the memory of each other one and writes."""
-    import numpy as np
+    import torch  # first, as in a worker: CuPy then finds the CUDA libraries that it brings
     from cupy.cuda import runtime
 
     others = [rank for rank in range(probe.size) if rank != probe.rank]
@@ -214,8 +214,7 @@ def cuda_ipc(probe: Probe) -> None:
     own = runtime.malloc(_WRITTEN_BYTES * probe.size)  # a slot for each writer
     runtime.memset(own, 0, _WRITTEN_BYTES * probe.size)
     source = runtime.malloc(_WRITTEN_BYTES)
-    pattern = np.frombuffer(_pattern(probe.rank), dtype=np.uint8)
-    runtime.memcpy(source, pattern.ctypes.data, _WRITTEN_BYTES, _HOST_TO_DEVICE)
+    runtime.memcpy(source, _pattern(probe.rank).data_ptr(), _WRITTEN_BYTES, _HOST_TO_DEVICE)
     runtime.deviceSynchronize()
     handles = probe.exchange("handle", runtime.ipcGetMemHandle(own).hex())
     for owner in others:
@@ -230,11 +229,11 @@ def cuda_ipc(probe: Probe) -> None:
         except runtime.CUDARuntimeError as error:
             probe.tell(writer=probe.rank, owner=owner, error=_said(error))
     probe.exchange("written")
-    found = np.empty(_WRITTEN_BYTES, dtype=np.uint8)
+    found = torch.empty(_WRITTEN_BYTES, dtype=torch.uint8)
     for writer in others:
         slot = own + writer * _WRITTEN_BYTES
-        runtime.memcpy(found.ctypes.data, slot, _WRITTEN_BYTES, _DEVICE_TO_HOST)
-        arrived = found.tobytes() == _pattern(writer)
+        runtime.memcpy(found.data_ptr(), slot, _WRITTEN_BYTES, _DEVICE_TO_HOST)
+        arrived = torch.equal(found, _pattern(writer))
         probe.tell(writer=writer, owner=probe.rank, arrived=arrived)
     runtime.free(source)
     runtime.free(own)
@@ -261,10 +260,11 @@ def nccl_library(probe: Probe) -> None:
     )
 
 
-def _pattern(writer: int) -> bytes:
-    """Of `_WRITTEN_BYTES`, another for each writer; memory of zeros is none."""
-    block = bytes((5 * place + 31 * writer + 1) % 251 for place in range(251))
-    return (block * (_WRITTEN_BYTES // len(block) + 1))[:_WRITTEN_BYTES]
+def _pattern(writer: int) -> Any:
+    """On the host, a uint8 tensor of `_WRITTEN_BYTES`, another for each writer, and never zero."""
+    import torch
+
+    return ((5 * torch.arange(_WRITTEN_BYTES) + 31 * writer) % 251 + 1).to(torch.uint8)
 
 
 def _said(error: BaseException) -> str:

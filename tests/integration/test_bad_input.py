@@ -876,6 +876,24 @@ class TestAModelThatTheWorkersRefuse:
         assert words in failure(model.folder, still_good, *arguments)
 
 
+class TestADeviceThatCanNotBeHad:
+    @pytest.mark.parametrize(
+        ("variable", "value", "words"),
+        [
+            ("PYTORCH_CUDA_ALLOC_CONF", "", "device = 'cuda:99': "),
+            ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF = "),
+            ("PYTORCH_ALLOC_CONF", "expandable_segments:True", "PYTORCH_ALLOC_CONF = "),
+        ],
+    )
+    def test_the_worker_ends_with_one_line(
+        self, variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        code, log = end_of(start("worker", "shard_worker", "--port", "0", "--device", "cuda:99"))
+        assert code == 1
+        assert log.startswith(f"colrow worker: {words}") and log.count("\n") == 1, log
+
+
 class TestAWorkerThatDiesAtStart:
     """The coordinator ends within seconds and says which rank it was, and when; the other is free."""
 

@@ -341,6 +341,84 @@ class TestHost:
         assert ("--transport gloo" in finding.advice) is (gloo and not shm)
 
 
+class TestGpusTogether:
+    """All findings on GPUs, from what every trial tells."""
+
+    LINES = (
+        {"writer": 0, "owner": 1, "arrived": True},
+        {"writer": 1, "owner": 0, "arrived": True},
+    )
+
+    @pytest.fixture
+    def trials(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Trial]]:
+        """Of two GPUs in order, by probe; to be changed."""
+        trials = {
+            "devices": [told({"num_devices": 2, "driver_cuda": 13000}, gpu(0), gpu(1, "bb"))],
+            "triton": [told({"version": "3.5"})],
+            "flashinfer": [told(failure="ModuleNotFoundError: no")],
+            "nccl_library": [
+                told({"nccl": "2.28.9", "cupy": "14", "cuda": "13.0", "libraries": ["/libnccl.so"]})
+            ],
+            "peer_access": [told(*self.LINES)],
+            "cuda_ipc": [told(line) for line in self.LINES],
+            "nccl": [told({"median_us": 12.0}), told({"median_us": 13.0})],
+        }
+        outputs = {
+            topology.GPUS: "0, GPU-aa, 580, Default, [N/A]\n1, GPU-bb, 580, Default, [N/A]\n",
+            topology.TOPOLOGY: TWO_GPUS,
+        }
+
+        def try_out(probe: str, *arguments: str, ranks: int = 1) -> list[Trial]:
+            found = trials[arguments[0] if probe == "package" else probe]
+            assert len(found) == ranks
+            return found
+
+        monkeypatch.setattr(doctor, "try_out", try_out)
+        monkeypatch.setattr(doctor, "output_of", outputs.__getitem__)
+        return trials
+
+    def test_two_gpus_in_order(self, trials: dict[str, list[Trial]]) -> None:
+        findings = list(doctor._gpus("13.0", 2))
+        assert [(finding.name, finding.verdict) for finding in findings] == [
+            ("cuda:0", Verdict.OK),
+            ("cuda:1", Verdict.OK),
+            ("Triton", Verdict.OK),
+            ("FlashInfer", Verdict.NOT_HERE),
+            ("NCCL", Verdict.OK),
+            ("links", Verdict.OK),
+            ("peer access", Verdict.OK),
+            ("CUDA IPC", Verdict.OK),
+            ("transport nccl", Verdict.OK),
+            ("ranks on GPUs", Verdict.OK),
+        ]
+        assert findings[-2].found.startswith("an all-reduce over 2 ranks verified; 13 µs for 8 KiB")
+        assert findings[-1].found == "cuda:0-1: exchange over peer"
+
+    def test_where_ipc_hangs_all_else_is_said_and_nccl_is_taken(
+        self, trials: dict[str, list[Trial]]
+    ) -> None:
+        trials["cuda_ipc"] = [told(failure="did not end within 60 s")] * 2
+        findings = {finding.name: finding for finding in doctor._gpus("13.0", 2)}
+        assert findings["CUDA IPC"].verdict is Verdict.WARNING
+        assert "did not end within 60 s" in findings["CUDA IPC"].found
+        assert findings["ranks on GPUs"].found == "cuda:0-1: exchange over nccl"
+
+    def test_one_gpu_is_tried_with_no_other(self, trials: dict[str, list[Trial]]) -> None:
+        trials["devices"] = [told({"num_devices": 1, "driver_cuda": 13000}, gpu(0))]
+        for needs_two in ("peer_access", "cuda_ipc", "nccl"):
+            del trials[needs_two]
+        names = [finding.name for finding in doctor._gpus("13.0", 1)]
+        assert names == ["cuda:0", "Triton", "FlashInfer", "NCCL", "ranks on GPUs"]
+
+    def test_beside_a_broken_gpu_nothing_between_gpus_is_tried(
+        self, trials: dict[str, list[Trial]]
+    ) -> None:
+        broken = {"index": 1, "error": "CUDA error: device is busy"}
+        trials["devices"] = [told({"num_devices": 2, "driver_cuda": 13000}, gpu(0), broken)]
+        findings = list(doctor._gpus("13.0", 2))
+        assert [f.verdict for f in findings] == [Verdict.OK, Verdict.PROBLEM]
+
+
 class TestTrials:
     def test_what_takes_too_long_is_ended_in_time(self) -> None:
         began = time.monotonic()
