@@ -214,7 +214,8 @@ def cuda_ipc(probe: Probe) -> None:
     own = runtime.malloc(_WRITTEN_BYTES * probe.size)  # a slot for each writer
     runtime.memset(own, 0, _WRITTEN_BYTES * probe.size)
     source = runtime.malloc(_WRITTEN_BYTES)
-    runtime.memcpy(source, _pattern(probe.rank).data_ptr(), _WRITTEN_BYTES, _HOST_TO_DEVICE)
+    pattern = _pattern(probe.rank)
+    runtime.memcpy(source, pattern.data_ptr(), _WRITTEN_BYTES, _HOST_TO_DEVICE)
     runtime.deviceSynchronize()
     handles = probe.exchange("handle", runtime.ipcGetMemHandle(own).hex())
     for owner in others:

@@ -1,7 +1,9 @@
 """What the doctor makes of what it finds, on machines of any kind."""
 
+import os
 import sys
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +419,105 @@ class TestGpusTogether:
         trials["devices"] = [told({"num_devices": 2, "driver_cuda": 13000}, gpu(0), broken)]
         findings = list(doctor._gpus("13.0", 2))
         assert [f.verdict for f in findings] == [Verdict.OK, Verdict.PROBLEM]
+
+
+STAND_IN = """
+import ctypes, mmap, os, sys, tempfile
+
+cudaIpcMemLazyEnablePeerAccess = 1
+mapped = {}
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+def map(path, num_bytes):
+    with open(path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), num_bytes)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    mapped[address] = (path, num_bytes, memory)
+    return address
+
+
+def malloc(num_bytes):
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.truncate(num_bytes)
+    return map(file.name, num_bytes)
+
+
+def ipcGetMemHandle(address):
+    path, num_bytes, _ = mapped[address]
+    return f"{num_bytes} {path}".encode()
+
+
+def ipcOpenMemHandle(handle, flags):
+    num_bytes, path = handle.decode().split()
+    if sys.argv[3] == os.environ.get("REFUSED"):  # the rank
+        raise CUDARuntimeError("cudaErrorMapBufferObjectFailed: mapping failed\\nmore")
+    return map(path, int(num_bytes))
+
+
+def memset(address, value, num_bytes):
+    ctypes.memset(address, value, num_bytes)
+
+
+def memcpy(target, source, num_bytes, kind):
+    if os.environ.get("LOSES"):
+        return
+    ctypes.memmove(target, source, num_bytes)
+
+
+def setDevice(device):
+    pass
+
+
+def deviceSynchronize():
+    pass
+
+
+def ipcCloseMemHandle(address):
+    pass
+
+
+def free(address):
+    os.unlink(mapped[address][0])
+"""
+
+
+class TestCudaIpc:
+    """The probe with files in place of GPUs: who writes where, and who looks."""
+
+    @pytest.fixture(autouse=True)
+    def stand_in(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = tmp_path / "cupy" / "cuda"
+        package.mkdir(parents=True)
+        for name, text in {"__init__": "", "runtime": STAND_IN}.items():
+            (package / f"{name}.py").write_text(text)
+        (package.parent / "__init__.py").touch()
+        paths = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH", "")))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def outcomes(self) -> dict[tuple[int, int], str]:
+        ranks = try_out("cuda_ipc", "0", "1", "2", ranks=3)
+        assert failure_of(ranks) == ""
+        return gpus.written([line for rank in ranks for line in rank.told], 3, "")
+
+    def test_every_rank_finds_what_every_other_one_wrote(self) -> None:
+        assert self.outcomes() == dict.fromkeys(permutations(range(3), 2), "")
+
+    def test_a_rank_that_can_open_nothing_is_told_from_the_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("REFUSED", "1")
+        for (writer, _), problem in self.outcomes().items():
+            why = "cudaErrorMapBufferObjectFailed: mapping failed"
+            assert problem == (why if writer == 1 else "")
+
+    def test_what_is_lost_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOSES", "1")
+        assert set(self.outcomes().values()) == {gpus.LOST}
 
 
 class TestTrials:
