@@ -507,10 +507,9 @@ def test_a_worker_that_dies_while_it_loads_ends_all_and_is_named(
         with pytest.raises(ClusterError, match=r"^worker 1 was killed by SIGKILL; ") as caught:
             cluster.wait_until_serving(60)
         assert time.monotonic() - began < 15
-        cause = r"worker 1 \(\S+\), loading: the connection to it is lost"
-        assert re.search(rf"\n    the cluster failed: {cause}", str(caught.value))
+        cause = r"the cluster failed: worker 1 \(\S+\), loading: the connection to it is lost"
+        assert re.search(rf"\n    {cause}", str(caught.value))
     assert_gone(children)
-    assert re.search(f"colrow coordinator: {cause}", (tmp_path / "coordinator.log").read_text())
 
 
 def test_local_cluster_says_at_once_what_the_coordinator_died_of(
