@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from client.cli_access import certs, key
+from client.cli_doctor import doctor
 from client.cli_processes import coordinator, serve, worker
 from client.endpoint import DEFAULT_TARGET, Endpoint
 from client.errors import ClusterError
@@ -88,6 +89,7 @@ def _colrow(
 app.command()(serve)
 app.command()(certs)
 app.command()(key)
+app.command()(doctor)
 
 
 @app.command()

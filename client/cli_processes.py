@@ -13,7 +13,7 @@ from client.options import DataType, MemoryWeights, Model, TensorParallel
 from coordinator import config as coordinator_config
 
 # Flags that `serve` hands on: their defaults are said once, where they are defined.
-_DEFAULTS = coordinator_config.parse(("--model", ".", "--workers", "unused:1"))
+DEFAULTS = coordinator_config.parse(("--model", ".", "--workers", "unused:1"))
 
 POLL_S = 0.2
 
@@ -29,11 +29,11 @@ def serve(
     dtype: DataType = "auto",
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any.")
-    ] = _DEFAULTS.grpc_port,
+    ] = DEFAULTS.grpc_port,
     http_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the OpenAI-compatible API; 0 takes any.")
-    ] = _DEFAULTS.http_port,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = _DEFAULTS.host,
+    ] = DEFAULTS.http_port,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     served_model_name: Annotated[
         str | None, typer.Option(help="Id that clients see.", show_default="MODEL's name")
     ] = None,
@@ -47,17 +47,17 @@ def serve(
     ] = None,
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens in a block of KV cache.")
-    ] = _DEFAULTS.block_size,
+    ] = DEFAULTS.block_size,
     max_model_len: Annotated[
         int | None,
         typer.Option(min=1, help="Context length in tokens.", show_default="the model's"),
     ] = None,
     max_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens in a step, at most.")
-    ] = _DEFAULTS.max_batched_tokens,
+    ] = DEFAULTS.max_batched_tokens,
     max_running: Annotated[
         int, typer.Option(min=1, help="Sequences in a step, at most.")
-    ] = _DEFAULTS.max_running,
+    ] = DEFAULTS.max_running,
     memory_weights: MemoryWeights = None,
     transport: Annotated[
         Literal["auto", "shm", "gloo", "nccl", "peer"],
@@ -128,7 +128,7 @@ def serve(
         arguments.append("--client-cert-auth")
     keys = () if api_keys is None else (api_keys,)
     secured = replace(
-        _DEFAULTS,
+        DEFAULTS,
         host=host,
         tls=tls,
         client_cert_auth=client_cert_auth,

@@ -107,7 +107,7 @@ def convert_demo_model(destination: Path, progress: Progress | None = None) -> P
     report = progress or _no_progress
     if demo_model_ready(destination):
         return destination
-    source = _find_source()
+    source = find_source()
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _lock(destination.with_name(f".{destination.name}.lock"), report):
         if demo_model_ready(destination):
@@ -139,7 +139,7 @@ def _no_progress(description: str, done: int, total: int) -> None:
     """Stands in where the caller asked for no progress."""
 
 
-def _find_source() -> Path:
+def find_source() -> Path:
     """The GGUF file, found without importing its package, which would load the `llm` tool."""
     spec = importlib.util.find_spec(_SOURCE_PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -50,7 +50,7 @@ HUNG_AFTER_S = 5.0  # that the coordinator has lost a worker whose process is th
 WATCH_INTERVAL_S = 1.0
 NEWS_HOLD_S = 3.0  # how long what the coordinator said last is taken for true
 
-_CHILD = Path(__file__).with_name("child.py")
+CHILD = Path(__file__).with_name("child.py")
 
 # Huge pages for what malloc hands out. A decode step streams all weights from memory; with pages of
 # 4 KiB, most of all in a virtual machine, a quarter of its time goes into finding them.
@@ -291,7 +291,7 @@ class LocalCluster:
             popen = subprocess.Popen(
                 # -P: without it child.py's folder, `client`, would come first on the import path.
                 [
-                    *(sys.executable, "-P", str(_CHILD), module),
+                    *(sys.executable, "-P", str(CHILD), module),
                     *("--port-file", str(port_file), *arguments),
                 ],
                 stdin=subprocess.PIPE,
@@ -326,12 +326,18 @@ class LocalCluster:
                 )
             time.sleep(POLL_S)
 
-    def check(self) -> None:
-        """ClusterError, with its last words, when a process has ended."""
+    def check(self, seen: str = "") -> None:
+        """ClusterError, with its last words, when a process has ended.
+
+        `seen` is what the coordinator said of it, which knows the phase that a worker was in.
+        """
         for process in self.processes:  # workers first: without one the coordinator ends as well
             if process.popen.poll() is not None:
                 self._failed = True
-                raise ClusterError(f"{process.obituary()}\n    its log: {process.log}")
+                said = process.obituary()
+                if seen and process.name != "coordinator":
+                    said += f"\n    {seen}"
+                raise ClusterError(f"{said}\n    its log: {process.log}")
 
     def supervise(self) -> list[str]:
         """Starts workers again that have ended, where the coordinator looks for them; what was done.
@@ -423,10 +429,10 @@ class LocalCluster:
         with self.endpoint.connect() as colrow:
             threading.Thread(target=follow, args=(colrow,), daemon=True).start()
             while True:
-                self.check()
                 try:
                     cluster = news.get(timeout=5 * POLL_S)
                 except queue.Empty:
+                    self.check()  # after the news, which may say what the process was at
                     if time.monotonic() > deadline:
                         self._fail(f"the cluster did not serve within {timeout_s:g} s ({last})")
                     continue
@@ -445,7 +451,7 @@ class LocalCluster:
         self._failed = True
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while time.monotonic() < deadline:
-            self.check()
+            self.check(message)
             time.sleep(POLL_S)
         raise ClusterError(f"{message}\n    logs: {self.log_folder}")
 

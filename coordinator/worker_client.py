@@ -32,11 +32,20 @@ CALL_TIMEOUT_S = 60.0
 WHY_TIMEOUT_S = 0.5
 
 
+def _error_of(error: grpc.aio.AioRpcError) -> ServiceError:
+    """The error of a call; of one that no worker answered, gRPC says only what became of a socket."""
+    made = error_of(error)
+    if (made.code, made.reason) == (Unavailable.code, Unavailable.reason):
+        made.message = f"the connection to it is lost ({made.message})"
+        made.args = (made.message,)
+    return made
+
+
 async def _answer(call: Awaitable[T]) -> T:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise error_of(error) from error
+        raise _error_of(error) from error
 
 
 class WorkerClient:
@@ -118,7 +127,7 @@ class WorkerClient:
             async for response in self._stub.LoadShard(request):
                 progress(LoadProgress(response.bytes_read, response.bytes_to_read))
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise _error_of(error) from error
         if response is None:
             raise Unavailable("LoadShard ended without an answer")
         return response.weight_bytes
@@ -173,7 +182,7 @@ class WorkerClient:
         try:
             response = await self._open_stream().read()
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise _error_of(error) from error
         if response is grpc.aio.EOF:
             raise await self._stream_error()
         return convert.step_answer(response)
@@ -188,7 +197,7 @@ class WorkerClient:
         try:
             await self._steps.read()
         except grpc.aio.AioRpcError as error:
-            return error_of(error)
+            return _error_of(error)
         except asyncio.InvalidStateError:
             pass
         return Unavailable("the step stream ended", reason=STREAM_ENDED)

@@ -1,8 +1,9 @@
 """The settings of a worker process. Nothing below this reads flags or the environment."""
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,21 @@ class WorkerConfig:
     tls: Path | None = None
     tls_client: str = "coordinator"
     model_roots: tuple[Path, ...] = ()
+    expandable_segments: tuple[str, str] | None = None
+    """The environment's variable that has torch use them, and its value."""
+
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def expandable_segments(environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """The variable, and its value, that has torch's allocator use expandable segments; else None."""
+    for variable in _ALLOCATOR_VARIABLES:
+        value = environ.get(variable, "")
+        # Of the form `name:value,name:value`, with spaces anywhere.
+        if "expandable_segments:True" in "".join(value.split()).split(","):
+            return variable, value
+    return None
 
 
 def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
@@ -145,4 +161,5 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         tls=flags.tls,
         tls_client=flags.tls_client,
         model_roots=tuple(flags.model_root or ()),
+        expandable_segments=expandable_segments(),
     )

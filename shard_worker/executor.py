@@ -36,7 +36,7 @@ from colrow.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from shard_worker import checkpoint, models
+from shard_worker import checkpoint, cuda_libraries, models
 from shard_worker.communicator import (
     Communicator,
     CommunicatorAborted,
@@ -163,10 +163,10 @@ class Executor:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._device = torch.device(config.device)
+        if self._device.type == "cuda":
+            self._device = torch.device("cuda", self._device.index or 0)
         self._model_roots = ModelRoots.of(config.model_roots)
-        self._thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="device", initializer=self._take_device
-        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
         self._memory = (0, 0)  # of a GPU: available, total; as the device thread last saw it
         self._state = State.IDLE
@@ -212,10 +212,9 @@ class Executor:
             raise Unavailable(str(error), reason="COMMUNICATOR_FAILED") from error
 
     def _take_device(self) -> None:
-        """Makes a GPU this thread's own."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            self._measure_memory()
+        """Makes the GPU this thread's own."""
+        torch.cuda.set_device(self._device)
+        self._measure_memory()
 
     def _measure_memory(self) -> None:
         if self._device.type == "cuda":
@@ -223,11 +222,29 @@ class Executor:
             self._memory = torch.cuda.mem_get_info(self._device)
 
     async def open(self) -> None:
-        """Takes the device. InvalidArgument when there is none of that name."""
+        """Takes the device. InvalidArgument when it is not there, or can't be used as it is set up."""
+        if self._device.type != "cuda":
+            return
+        if self._config.expandable_segments is not None:
+            variable, value = self._config.expandable_segments
+            raise InvalidArgument(
+                variable,
+                value,
+                "memory in expandable segments can't be shared between workers' GPUs; leave "
+                f"expandable_segments out for a worker on {self._device}",
+            )
+        problem = cuda_libraries.torch_problem(torch.__version__, torch.version.cuda)
+        problem = problem or cuda_libraries.device_problem(
+            self._device.index, torch.cuda.device_count()
+        )
+        if problem:
+            raise InvalidArgument("device", str(self._device), problem)
         try:
-            await self._on_device(lambda: None)
-        except (RuntimeError, AssertionError) as error:
-            raise InvalidArgument("device", str(self._device), str(error)) from error
+            await self._on_device(self._take_device)
+        except RuntimeError as error:
+            # What CUDA says first; advice on debugging kernels follows.
+            said = str(error).partition("\n")[0]
+            raise InvalidArgument("device", str(self._device), said) from error
 
     def describe(self) -> Description:
         """Answers at once, whatever the device does."""

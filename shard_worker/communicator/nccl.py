@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 # Before CuPy, so that one libnccl is loaded: the one that torch brings.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from .. import cuda_libraries
 from . import (
     Communicator,
     CommunicatorAborted,
@@ -39,18 +41,27 @@ _WATCH_INTERVAL_S = 0.1
 
 
 def _nccl() -> Any:
-    """CuPy's NCCL bindings; CommunicatorError that says which package is missing."""
+    """CuPy's NCCL bindings; CommunicatorError that says what to install where they don't fit torch."""
+    cuda = torch.version.cuda
+    if cuda is None:
+        raise CommunicatorError(f"nccl: {cuda_libraries.torch_problem(torch.__version__, cuda)}")
+    packages = cuda_libraries.cupy_packages()
+    if problem := cuda_libraries.cupy_packages_problem(packages, cuda):
+        raise CommunicatorError(f"nccl: {problem}")
     try:
-        from cupy.cuda import nccl
+        from cupy.cuda import nccl, runtime
     except ImportError as error:
-        cuda = torch.version.cuda or "?"
-        extra = "cuda12" if cuda.startswith("12") else "cuda13"
-        raise CommunicatorError(
-            f"nccl: CuPy can't be imported ({error}); torch is built for CUDA {cuda}: "
-            f"pip install 'colrow[{extra}]'"
-        ) from error
+        problem = cuda_libraries.cupy_import_problem(str(error), cuda)
+        raise CommunicatorError(f"nccl: {problem}") from error
+    if problem := cuda_libraries.cupy_problem(cuda, runtime.runtimeGetVersion()):
+        raise CommunicatorError(f"nccl: {problem}")
     if not getattr(nccl, "available", True):
-        raise CommunicatorError("nccl: this CuPy was built without NCCL")
+        raise CommunicatorError(
+            f"nccl: CuPy finds no {cuda_libraries.NCCL}.2, which torch's CUDA builds bring: "
+            f"pip install nvidia-nccl-cu{cuda.partition('.')[0]}"
+        )
+    if problem := cuda_libraries.nccl_problem(Path("/proc/self/maps").read_text()):
+        raise CommunicatorError(f"nccl: {problem}")
     return nccl
 
 

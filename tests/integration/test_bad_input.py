@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from colrow.v1 import (
 from coordinator import convert
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
-from tests import checkpoints
+from tests import checkpoints, dying_worker
 from tests.clusters import RunningCluster, Service, WorkerPool, cluster, start
 
 pytestmark = pytest.mark.timeout(60)
@@ -873,6 +874,47 @@ class TestAModelThatTheWorkersRefuse:
         self, arguments: Sequence[str], words: str, model: Model, still_good: list[str]
     ) -> None:
         assert words in failure(model.folder, still_good, *arguments)
+
+
+class TestADeviceThatCanNotBeHad:
+    @pytest.mark.parametrize(
+        ("variable", "value", "words"),
+        [
+            ("PYTORCH_CUDA_ALLOC_CONF", "", "device = 'cuda:99': "),
+            ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF = "),
+            ("PYTORCH_ALLOC_CONF", "expandable_segments:True", "PYTORCH_ALLOC_CONF = "),
+        ],
+    )
+    def test_the_worker_ends_with_one_line(
+        self, variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        code, log = end_of(start("worker", "shard_worker", "--port", "0", "--device", "cuda:99"))
+        assert code == 1
+        assert log.startswith(f"colrow worker: {words}") and log.count("\n") == 1, log
+
+
+class TestAWorkerThatDiesAtStart:
+    """The coordinator ends within seconds and says which rank it was, and when; the other is free."""
+
+    @pytest.mark.parametrize("phase", dying_worker.PHASES)
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_rank_phase_and_cause_are_named(
+        self, rank: int, phase: str, model: Model, worker_pool: WorkerPool
+    ) -> None:
+        workers = worker_pool.addresses(1)
+        dying = start("dying", "tests.dying_worker", "--port", "0", phase)
+        dying.wait_for_port()
+        workers.insert(rank, dying.address)
+        began = time.monotonic()
+        line = failure(model.folder, workers)
+        assert time.monotonic() - began < 15, "most of it is the start of the coordinator"
+        assert dying.process.wait(5) == -signal.SIGKILL
+        dying.log.unlink()
+        assert f"worker {rank} ({dying.address}), {phase}: the connection to it is lost" in line
+        with cluster(worker_pool, model.folder, 1) as running:
+            good = running.client.generate(PROMPT, max_tokens=5, temperature=0, timeout_s=20)
+            assert tokens_of(good) == model.expected[:5]
 
 
 # Straight on a worker

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import client
-from client.local_cluster import ClusterError, LocalCluster
+from client.local_cluster import ClusterError, LocalCluster, Process
 from coordinator.cost_model import predicted_step
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
@@ -27,7 +27,7 @@ from tests import clusters
 COMMAND = str(Path(sys.executable).with_name("colrow"))
 COMMANDS = (
     *("serve", "coordinator", "worker", "generate", "chat", "status", "plan", "layer", "bench"),
-    *("health", "fetch", "demo"),
+    *("health", "fetch", "demo", "doctor"),
 )
 
 START_TIMEOUT_S = 60.0
@@ -485,6 +485,46 @@ def assert_stops_after_death_of_a_worker(serve: Serve) -> None:
     complaint = serve.stderr.read_text()
     assert re.search(r"^colrow: worker \d was killed by SIGKILL", complaint, re.MULTILINE)
     assert "Traceback" not in complaint
+
+
+def test_a_worker_that_can_not_have_its_device_ends_all_at_once(
+    demo_model_folder: Path, tmp_path: Path
+) -> None:
+    devices = ["cpu", "cuda:99"]
+    with LocalCluster(demo_model_folder, 2, devices=devices, log_folder=tmp_path) as cluster:
+        with pytest.raises(
+            ClusterError,
+            match=r"^worker 1 ended with exit code 1: device = 'cuda:99': .*torch",
+        ):
+            cluster.start()
+        assert not cluster.processes, "the others are stopped"
+
+
+class _WithADyingWorker(LocalCluster):
+    """Worker 1 is killed when it is to load."""
+
+    def _spawn(self, name: str, module: str, *arguments: str, restarts: bool = False) -> Process:
+        if name == "worker 1":
+            return super()._spawn(name, "tests.dying_worker", *arguments, "loading")
+        return super()._spawn(name, module, *arguments, restarts=restarts)
+
+
+def test_a_worker_that_dies_while_it_loads_ends_all_and_is_named(
+    demo_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]  # where `tests` is
+    found_already = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(root), found_already))))
+    with _WithADyingWorker(demo_model_folder, 2, log_folder=tmp_path) as cluster:
+        cluster.start()
+        children = [psutil.Process(process.pid) for process in cluster.processes]
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match=r"^worker 1 was killed by SIGKILL; ") as caught:
+            cluster.wait_until_serving(60)
+        assert time.monotonic() - began < 15
+        cause = r"the cluster failed: worker 1 \(\S+\), loading: the connection to it is lost"
+        assert re.search(rf"\n    {cause}", str(caught.value))
+    assert_gone(children)
 
 
 def test_local_cluster_says_at_once_what_the_coordinator_died_of(

@@ -105,7 +105,7 @@ def test_every_weight_is_the_gguf_weight_rounded_by_torch_with_rotary_rows_in_or
 ) -> None:
     """The row order is spelled out here, row by row, and torch does the rounding."""
     weights = load_file(folder / "model.safetensors")
-    reader = GGUFReader(demo_model._find_source())
+    reader = GGUFReader(demo_model.find_source())
     assert len(reader.tensors) == len(weights) == 272
     for tensor in reader.tensors:
         name = demo_model._hugging_face_name(tensor.name)
@@ -168,7 +168,7 @@ def test_it_predicts_what_llama_cpp_predicts_from_the_same_file(
     llama_cpp = pytest.importorskip("llama_cpp")
     prompt = ids(tokenizer, "The sun rises in the east and sets in the west. Water boils at 100")
     reference = llama_cpp.Llama(
-        str(demo_model._find_source()), n_ctx=64, n_threads=1, logits_all=True, verbose=False
+        str(demo_model.find_source()), n_ctx=64, n_threads=1, logits_all=True, verbose=False
     )
     reference.eval(prompt)
     expected = torch.from_numpy(np.array(reference.scores[: len(prompt)]))
@@ -278,7 +278,7 @@ def test_transformers_keeps_the_tokenizer_as_written(folder: Path, tokenizer: To
 
 def test_ids_are_those_of_llama_cpp(tokenizer: Tokenizer) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    reference = llama_cpp.Llama(str(demo_model._find_source()), vocab_only=True, verbose=False)
+    reference = llama_cpp.Llama(str(demo_model.find_source()), vocab_only=True, verbose=False)
     for text in [*TEXTS, "a  5", "<|im_start|>user\nhi 5<|im_end|>\n"]:
         expected = reference.tokenize(text.encode(), add_bos=False, special=True)
         assert ids(tokenizer, text) == expected, text
@@ -443,7 +443,7 @@ def test_a_truncated_gguf_file_is_named_and_leaves_nothing(
         real.setattr(
             sys, "path", [entry for entry in sys.path if entry != str(fake_package.parent)]
         )
-        whole = demo_model._find_source()
+        whole = demo_model.find_source()
     with whole.open("rb") as file:
         source.write_bytes(file.read(kept_bytes))
     with pytest.raises(
