@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from colrow.errors import DeadlineExceeded, ServiceError, Unavailable
+from colrow.memory import GraphSizes, MemoryLedger
 
 UNREACHABLE = "WORKER_UNREACHABLE"
 STREAM_ENDED = "STREAM_ENDED"
@@ -59,6 +60,8 @@ class WorkerDescription:
     file_bytes_read: int
     communication: tuple[OpStats, ...]
     supported_architectures: tuple[str, ...]
+    memory: MemoryLedger = field(default_factory=MemoryLedger)
+    graph_sizes: GraphSizes = field(default_factory=GraphSizes)
 
     @property
     def is_gpu(self) -> bool:
