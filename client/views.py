@@ -208,6 +208,7 @@ def status_tables(cluster: control_service_pb2.Cluster, *, by_module: bool = Fal
         tables.append(rank_table("What each rank owns", rank_rows(cluster.plan)))
     tables.append(workers_table(cluster))
     tables.append(held_table(cluster))
+    tables.append(memory_table(cluster))
     if any(worker.description.communication for worker in cluster.workers):
         tables.append(communication_table(cluster))
         if by_module:
@@ -316,6 +317,33 @@ def held_table(cluster: control_service_pb2.Cluster) -> Table:
             *(numbers if known else ()),
         )
     return table
+
+
+def memory_table(cluster: control_service_pb2.Cluster) -> Table:
+    """What each worker's memory is for: held, and planned. What is not known is a dash."""
+    uses = {
+        "weights": "weights",
+        "kv_cache": "KV cache",
+        "graphs": "graphs",
+        "workspace": "workspace, at most",
+    }
+    table = new_table("Memory of each worker, held / planned", "rank", "device")
+    for title in uses.values():
+        table.add_column(title, justify="right")
+    for worker in cluster.workers:
+        ledger = worker.description.memory
+        table.add_row(
+            str(worker.rank),
+            escape(worker.description.device),
+            *(_use_text(getattr(ledger, name)) for name in uses),
+        )
+    return table
+
+
+def _use_text(use: shard_worker_service_pb2.MemoryUse) -> str:
+    held = mib(use.actual_bytes) if use.HasField("actual_bytes") else "-"
+    planned = mib(use.planned_bytes) if use.HasField("planned_bytes") else "-"
+    return f"{held} / {planned}"
 
 
 def communication_table(

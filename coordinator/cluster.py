@@ -18,10 +18,18 @@ from colrow.errors import (
     ServiceError,
     Unavailable,
 )
+from colrow.memory import MemoryLedger
 from coordinator.block_manager import BlockManager
 from coordinator.config import DEFAULT_CPU_CACHE_MIB, CoordinatorConfig
 from coordinator.engine import Engine, Observer
 from coordinator.families import Fields, model_spec
+from coordinator.memory_plan import (
+    MemorySettings,
+    StepLimits,
+    cache_room,
+    check_fits,
+    planned,
+)
 from coordinator.model_spec import ModelSpec
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
@@ -126,6 +134,7 @@ class Cluster:
         self.is_draining = False
         self._limits: ModelLimits | None = None
         self._num_blocks = 0
+        self._planned: list[MemoryLedger] = []
         self._changed = asyncio.Event()
         self._num_calls = 0
         self._call_ended = asyncio.Event()
@@ -312,9 +321,14 @@ class Cluster:
         if self._limits is None:
             # What a GPU has left is known once the weights are there.
             descriptions = await self.group.describe(timeout_s)
-            self._num_blocks, self._limits = self._size_cache(self.plan, descriptions)
+            settings = self._memory_settings()
+            self._planned = [
+                planned(self.plan, rank, description, settings)
+                for rank, description in enumerate(descriptions)
+            ]
+            self._num_blocks, self._limits = self._size_cache(self.plan, descriptions, settings)
         await self.group.allocate(
-            self._num_blocks, self.config.block_size, self._limits.context_length
+            self._num_blocks, self.config.block_size, self._limits.context_length, self._planned
         )
 
     async def _start(self) -> Engine:
@@ -332,6 +346,7 @@ class Cluster:
         if config.memory_weighted:
             weights = tuple(float(d.memory_available_bytes) for d in descriptions)
         self.plan = make_plan(spec, self.group.size, dtype=config.dtype, memory_weights=weights)
+        check_fits(self.plan, descriptions, self._memory_settings())
         self._set_state(State.JOINING)
         await self._form(config.startup_timeout_s)
         assert self._limits is not None
@@ -352,24 +367,42 @@ class Cluster:
         )
         return self.engine_or_none
 
+    def _memory_settings(self) -> MemorySettings:
+        """InvalidArgument for a context that the model has not."""
+        config, size = self.config, self.config.block_size
+        context = self.model.spec.max_position_embeddings
+        if config.max_model_len is not None and config.max_model_len > context:
+            raise InvalidArgument(
+                "max_model_len", config.max_model_len, f"the model's context is {context}"
+            )
+        # A context that nobody asked for is cut to what there is room for.
+        least = config.max_model_len or 1
+        return MemorySettings(
+            limits=StepLimits(config.max_batched_tokens, config.max_running, self.context_length),
+            least_cache_tokens=-(-least // size) * size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            is_cache_given=config.num_blocks is not None or config.kv_cache_bytes is not None,
+        )
+
     def _size_cache(
-        self, plan: ShardPlan, descriptions: Sequence[WorkerDescription]
+        self,
+        plan: ShardPlan,
+        descriptions: Sequence[WorkerDescription],
+        settings: MemorySettings,
     ) -> tuple[int, ModelLimits]:
         """Blocks of the KV cache, as many as fit on every rank, and the context."""
-        config, spec = self.config, self.model.spec
-        context = spec.max_position_embeddings
-        if config.max_model_len is not None:
-            if config.max_model_len > context:
-                raise InvalidArgument(
-                    "max_model_len", config.max_model_len, f"the model's context is {context}"
-                )
-            context = config.max_model_len
+        config, spec, context = self.config, self.model.spec, self.context_length
         num_blocks = config.num_blocks
         if num_blocks is None:
             # Sequences that fill the batch with whole contexts are all the cache could be used for.
             num_blocks = config.max_running * -(-context // config.block_size)
             for shard, description in zip(plan.ranks, descriptions, strict=True):
-                room = self._cache_bytes(description)
+                if config.kv_cache_bytes is not None:
+                    room = config.kv_cache_bytes
+                elif description.is_gpu:
+                    room = cache_room(plan, shard.rank, description, settings)
+                else:
+                    room = DEFAULT_CPU_CACHE_MIB * 2**20
                 block_bytes = config.block_size * shard.kv_bytes_per_token
                 num_blocks = min(num_blocks, room // block_bytes)
                 if num_blocks < 1:
@@ -377,21 +410,11 @@ class Cluster:
                         "kv_cache_mib",
                         room / 2**20,
                         f"a block of {config.block_size} tokens takes {block_bytes} bytes on rank "
-                        f"{shard.rank}",
+                        f"{shard.rank} ({description.device}: {description.memory})",
                     )
         cache_tokens = num_blocks * config.block_size
         context = min(context, cache_tokens)
         return num_blocks, ModelLimits(spec.vocab_size, context, spec.eos_token_ids, cache_tokens)
-
-    def _cache_bytes(self, description: WorkerDescription) -> int:
-        """What a rank may spend on its KV cache."""
-        config = self.config
-        if config.kv_cache_bytes is not None:
-            return config.kv_cache_bytes
-        if not description.is_gpu:
-            return DEFAULT_CPU_CACHE_MIB * 2**20
-        kept = int((1 - config.gpu_memory_utilization) * description.memory_total_bytes)
-        return max(description.memory_available_bytes - kept, 0)
 
     async def drain(self) -> None:
         """Takes no new calls from now on; returns when those that run have ended."""

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-memory-utilization",
         type=float,
         default=0.9,
-        help="the share of a GPU's memory that weights and KV cache may take",
+        help="the share of a GPU's memory that weights, KV cache, CUDA graphs and steps may take",
     )
     add("--num-blocks", type=int, help="blocks of KV cache (default: what --kv-cache-mib holds)")
     add("--block-size", type=int, default=16, help="tokens in a block of KV cache")

@@ -10,6 +10,7 @@ import numpy as np
 
 from colrow import __version__
 from colrow.errors import FailedPrecondition, InvalidArgument
+from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize
 from colrow.v1 import (
     control_service_pb2,
     inference_service_pb2,
@@ -461,7 +462,29 @@ def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescripti
         ),
         supported_architectures=tuple(message.supported_architectures),
         links=links(message.links),
+        memory=_ledger(message.memory),
+        graph_sizes=GraphSizes(
+            _step_sizes(message.memory.graph_sizes.decode),
+            _step_sizes(message.memory.graph_sizes.prefill),
+        ),
     )
+
+
+def _ledger(message: _worker_pb.MemoryLedger) -> MemoryLedger:
+    uses = {name: getattr(message, name) for name, _ in MemoryLedger().entries()}
+    return MemoryLedger(
+        **{
+            name: MemoryUse(
+                use.planned_bytes if use.HasField("planned_bytes") else None,
+                use.actual_bytes if use.HasField("actual_bytes") else None,
+            )
+            for name, use in uses.items()
+        }
+    )
+
+
+def _step_sizes(messages: Iterable[_worker_pb.StepSize]) -> tuple[StepSize, ...]:
+    return tuple(StepSize(message.tokens, message.sequences) for message in messages)
 
 
 def links(messages: Iterable[_worker_pb.Link]) -> tuple[Link, ...]:
@@ -481,7 +504,24 @@ def _description_message(worker: WorkerDescription) -> _worker_pb.WorkerDescript
         links=[
             _worker_pb.Link(rank=link.rank, path=link.path, note=link.note) for link in worker.links
         ],
+        memory=_ledger_message(worker.memory, worker.graph_sizes),
     )
+
+
+def _ledger_message(ledger: MemoryLedger, sizes: GraphSizes) -> _worker_pb.MemoryLedger:
+    return _worker_pb.MemoryLedger(
+        **{
+            name: _worker_pb.MemoryUse(planned_bytes=use.planned, actual_bytes=use.actual)
+            for name, use in ledger.entries()
+        },
+        graph_sizes=_worker_pb.GraphSizes(
+            decode=_step_size_messages(sizes.decode), prefill=_step_size_messages(sizes.prefill)
+        ),
+    )
+
+
+def _step_size_messages(sizes: Iterable[StepSize]) -> list[_worker_pb.StepSize]:
+    return [_worker_pb.StepSize(tokens=size.tokens, sequences=size.sequences) for size in sizes]
 
 
 def layer_response(layer_run: LayerRun) -> _control_pb.RunLayerResponse:

@@ -343,7 +343,22 @@ class Metrics:
             for rank, description in described:
                 family.add_metric([rank], getattr(description, field))
             yield family
+        yield self._memory(described)
         yield from self._communication(described)
+
+    def _memory(self, described: Sequence[tuple[str, WorkerDescription]]) -> Metric:
+        """What is not known has no line."""
+        family = GaugeMetricFamily(
+            "colrow_worker_memory_bytes",
+            "Memory by what it is for, as it was planned and as it is.",
+            labels=["rank", "use", "kind"],
+        )
+        for rank, description in described:
+            for name, use in description.memory.entries():
+                for kind, value in (("planned", use.planned), ("actual", use.actual)):
+                    if value is not None:
+                        family.add_metric([rank, name, kind], value)
+        return family
 
     def _communication(
         self, described: Sequence[tuple[str, WorkerDescription]]

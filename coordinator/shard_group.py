@@ -21,6 +21,7 @@ from colrow.errors import (
     ServiceError,
     Unavailable,
 )
+from colrow.memory import MemoryLedger
 from coordinator.scheduler import RankTimes, Step, StepOutput
 from coordinator.shard_plan import ShardPlan
 from coordinator.worker_status import Link, LoadProgress, Phase, WorkerDescription, WorkerStatus
@@ -93,7 +94,13 @@ class Worker(Protocol):
         progress: Callable[[LoadProgress], None],
     ) -> int: ...
     async def allocate(
-        self, *, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+        self,
+        *,
+        epoch: int,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        planned: MemoryLedger,
     ) -> int: ...
     async def compute_partial(
         self, *, epoch: int, module: str, activation: np.ndarray
@@ -333,8 +340,17 @@ class ShardGroup:
                     f"{shard.weight_bytes}"
                 )
 
-    async def allocate(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
-        """Every worker allocates the KV cache; then steps can be sent."""
+    async def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        planned: Sequence[MemoryLedger],
+    ) -> None:
+        """Every worker allocates the KV cache; then steps can be sent.
+
+        `planned` has by rank what is reckoned with beside the cache.
+        """
         await self._in_phase(
             Phase.ALLOCATING,
             lambda rank, worker: worker.allocate(
@@ -342,6 +358,7 @@ class ShardGroup:
                 num_blocks=num_blocks,
                 block_size=block_size,
                 max_model_len=max_model_len,
+                planned=planned[rank],
             ),
         )
         for worker, status in zip(self.workers, self.statuses, strict=True):

@@ -24,7 +24,7 @@ ITEMSIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # by
 _QUANTA = (64, 32, 16, 8, 4, 2, 1)
 _ALIGNED_QUANTUM = 8  # 16 bytes of bfloat16, what one load reads
 _MIN_QUANTA_PER_RANK = 8  # or the ranks would differ too much
-_MAX_LISTED_TP_SIZE = 64
+MAX_LISTED_TP_SIZE = 64
 
 
 class PlanError(ValueError):
@@ -208,7 +208,7 @@ def make_plan(
     return ShardPlan(spec, tp_size, dtype, ranks)
 
 
-def fitting_tp_sizes(spec: ModelSpec, limit: int = _MAX_LISTED_TP_SIZE) -> tuple[int, ...]:
+def fitting_tp_sizes(spec: ModelSpec, limit: int = MAX_LISTED_TP_SIZE) -> tuple[int, ...]:
     """The tp sizes up to `limit` that `make_plan` accepts for this model."""
     # KV heads don't bound it: they are replicated.
     most = min(spec.axis_units(axis) for axis in (Axis.Q_HEADS, Axis.MLP, Axis.VOCAB))

@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 
 from colrow.errors import FailedPrecondition, ServiceError, Unavailable
+from colrow.memory import MemoryLedger
 from colrow.rpc import aio_channel, error_of
 from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
@@ -133,13 +134,21 @@ class WorkerClient:
         return response.weight_bytes
 
     async def allocate(
-        self, *, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+        self,
+        *,
+        epoch: int,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        planned: MemoryLedger,
     ) -> int:
         request = _pb.AllocateKvCacheRequest(
             epoch=epoch,
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_len=max_model_len,
+            graph_bytes=planned.graphs.planned,
+            workspace_bytes=planned.workspace.planned,
         )
         response = await _answer(self._stub.AllocateKvCache(request, timeout=CALL_TIMEOUT_S))
         return response.kv_cache_bytes

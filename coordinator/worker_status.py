@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from colrow.errors import DeadlineExceeded, ServiceError, Unavailable
+from colrow.memory import GraphSizes, MemoryLedger
 
 UNREACHABLE = "WORKER_UNREACHABLE"
 STREAM_ENDED = "STREAM_ENDED"
@@ -76,6 +77,8 @@ class WorkerDescription:
     communication: tuple[OpStats, ...]
     supported_architectures: tuple[str, ...]
     links: tuple[Link, ...] = ()
+    memory: MemoryLedger = field(default_factory=MemoryLedger)
+    graph_sizes: GraphSizes = field(default_factory=GraphSizes)
 
     @property
     def is_gpu(self) -> bool:

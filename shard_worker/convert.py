@@ -1,7 +1,7 @@
 """Between the contract's messages and the worker's own types; protobuf stops here."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colrow import __version__
 from colrow.errors import InvalidArgument
+from colrow.memory import GraphSizes, MemoryLedger, StepSize
 from colrow.v1 import sampling_pb2, shard_plan_pb2, shard_worker_service_pb2, tensor_pb2
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
@@ -108,6 +109,12 @@ def load_progress(progress: LoadProgress) -> _pb.LoadShardResponse:
         parameters_loaded=progress.parameters_loaded,
         parameters_total=progress.parameters_total,
     )
+
+
+def planned_memory(request: _pb.AllocateKvCacheRequest) -> dict[str, int]:
+    """What is planned beside the cache, by the names of the request; without what is not known."""
+    names = ("graph_bytes", "workspace_bytes")
+    return {name: getattr(request, name) for name in names if request.HasField(name)}
 
 
 def step(request: _pb.ExecuteStepsRequest) -> Step:
@@ -253,7 +260,24 @@ def description(worker: Description) -> _pb.WorkerDescription:
         ],
         supported_architectures=sorted(models.FAMILIES),
         links=links(worker.links),
+        memory=_memory(worker.memory, worker.graph_sizes),
     )
+
+
+def _memory(ledger: MemoryLedger, sizes: GraphSizes) -> _pb.MemoryLedger:
+    return _pb.MemoryLedger(
+        **{
+            name: _pb.MemoryUse(planned_bytes=use.planned, actual_bytes=use.actual)
+            for name, use in ledger.entries()
+        },
+        graph_sizes=_pb.GraphSizes(
+            decode=_step_sizes(sizes.decode), prefill=_step_sizes(sizes.prefill)
+        ),
+    )
+
+
+def _step_sizes(sizes: Iterable[StepSize]) -> list[_pb.StepSize]:
+    return [_pb.StepSize(tokens=size.tokens, sequences=size.sequences) for size in sizes]
 
 
 def links(links: Sequence[Link]) -> list[_pb.Link]:

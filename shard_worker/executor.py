@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from colrow.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from colrow.memory import GraphSizes, MemoryLedger, MemoryUse
 from shard_worker import checkpoint, cuda_libraries, models
 from shard_worker.communicator import (
     Communicator,
@@ -52,11 +53,13 @@ from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
 from shard_worker.kv_cache import KvCache
+from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_roots import ModelRoots
 from shard_worker.model_runner import ModelRunner, Step, StepResult
 from shard_worker.partial import Partial, compute_partial
 from shard_worker.sampler import Sampler
 from shard_worker.sharding import Parameter, ShardLayout, ShardTensors
+from shard_worker.step_graphs import GRAPH_SIZES
 from shard_worker.tensor_parallel import OpStats, TensorParallel
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ EXIT_HUNG = 70
 """The exit code of a worker whose device thread hangs."""
 MAX_EPOCH = 2**63 - 1
 _TRANSPORTS = "is none of single, shm, gloo, nccl, peer"
+MAX_WEIGHT_BYTES = 2**63 - 1
 
 
 class State(enum.Enum):
@@ -123,6 +127,8 @@ class Description:
     file_bytes_read: int
     communication: Sequence[OpStats]
     links: Sequence[Link]
+    memory: MemoryLedger = field(default_factory=MemoryLedger)
+    graph_sizes: GraphSizes = field(default_factory=GraphSizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,8 @@ class Executor:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
         self._memory = (0, 0)  # of a GPU: available, total; as the device thread last saw it
+        self._meter = MemoryMeter(self._device)
+        self._is_looking = False
         self._state = State.IDLE
         self._last_epoch = 0
         self._calls = 0
@@ -192,6 +200,13 @@ class Executor:
         def run() -> T:
             try:
                 return function()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                traceback.clear_frames(error.__traceback__)
+                self._meter.look()
+                raise ResourceExhausted(
+                    f"{self._device} is out of memory ({self._meter.ledger}): {error}",
+                    reason="OUT_OF_MEMORY",
+                ) from error
             except Exception as error:
                 # An error that somebody keeps must not keep the tensors of its frames.
                 traceback.clear_frames(error.__traceback__)
@@ -200,10 +215,6 @@ class Executor:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(thread or self._thread, run)
-        except torch.OutOfMemoryError as error:
-            raise ResourceExhausted(
-                f"{self._device} is out of memory: {error}", reason="OUT_OF_MEMORY"
-            ) from error
         except CommunicatorTimeout as error:
             raise DeadlineExceeded(str(error), reason="PEER_TIMEOUT") from error
         except CommunicatorAborted as error:
@@ -220,6 +231,19 @@ class Executor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             self._memory = torch.cuda.mem_get_info(self._device)
+
+    def _look_at_peak(self) -> None:
+        """Has the device thread do so when it is next free. What it sees is told from then on."""
+        # One at a time: a device that hangs is not to find a queue of them.
+        if self._device.type != "cuda" or self._runner is None or self._is_looking:
+            return
+        self._is_looking = True
+
+        def look() -> None:
+            self._meter.look()
+            self._is_looking = False
+
+        self._thread.submit(look)
 
     async def open(self) -> None:
         """Takes the device. InvalidArgument when it is not there, or can't be used as it is set up."""
@@ -248,6 +272,7 @@ class Executor:
 
     def describe(self) -> Description:
         """Answers at once, whatever the device does."""
+        self._look_at_peak()
         memory = psutil.virtual_memory()
         available, total = memory.available, memory.total
         if self._device.type == "cuda":
@@ -268,7 +293,22 @@ class Executor:
             # One rank has nobody to communicate with.
             communication=self._tp.all_stats() if self._tp and self._tp.size > 1 else (),
             links=self._tp.comm.links if self._tp and self._group else (),
+            memory=self._ledger(),
+            graph_sizes=GRAPH_SIZES if self._captures_graphs else GraphSizes(),
         )
+
+    def _ledger(self) -> MemoryLedger:
+        """Of what is there: what was measured may have been given up since."""
+        ledger = self._meter.ledger
+        if self._runner is None:
+            ledger = MemoryLedger(weights=ledger.weights)
+        if self._shard is None and self._state is not State.LOADING:
+            ledger = replace(ledger, weights=MemoryUse())
+        return ledger
+
+    @property
+    def _captures_graphs(self) -> bool:
+        return self._device.type == "cuda" and self._config.cuda_graphs
 
     def create_communicator_id(self, transport: str) -> bytes:
         """An id for `join`, made by rank 0 and carried to all ranks by the coordinator."""
@@ -491,6 +531,8 @@ class Executor:
             group.rank,
             tuple(request.ranks),
         )
+        if (planned := layout.numel * request.dtype.itemsize) > MAX_WEIGHT_BYTES:
+            raise InvalidArgument("parameters", f"{planned} bytes", "no device has so many")
         opened = None
         if not request.is_dummy:
             opened = checkpoint.Checkpoint.open(request.model_path, self._model_roots)
@@ -508,6 +550,7 @@ class Executor:
             stored = checkpoint.match_keys(
                 layout, opened, request.ignored_keys, request.optional_prefix
             )
+        self._meter.loading(planned)
         tensors = ShardTensors(layout, self._tp, request.dtype, self._device)
         model = models.build(request.config, tensors)
         if opened is not None:
@@ -515,34 +558,52 @@ class Executor:
         else:
             checkpoint.fill_randomly(layout, tensors.destinations, progress)
         weight_bytes = tensors.num_bytes
-        tensors.finish()
+        self._meter.loaded(tensors.finish())
         self._measure_memory()
         return _Shard(model, tensors, weight_bytes, request, files)
 
     async def allocate(
-        self, epoch: int, num_blocks: int, block_size: int, max_model_len: int
+        self,
+        epoch: int,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        *,
+        graph_bytes: int | None = None,
+        workspace_bytes: int | None = None,
     ) -> int:
         """Allocates the KV cache and returns its bytes; forgets all sequences and starts at step 1.
 
         max_model_len: the longest that a sequence gets, in tokens; 0 is what the cache holds.
+        graph_bytes, workspace_bytes: what is planned beside, for the ledger.
         """
         self._check(epoch, State.LOADED)
-        for field, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
-                raise InvalidArgument(field, value, "is not positive")
+                raise InvalidArgument(name, value, "is not positive")
         most = min(num_blocks, -(-max_model_len // block_size) or num_blocks)
-        self._runner = await self._on_device(lambda: self._allocate(num_blocks, block_size, most))
+        planned = (graph_bytes, workspace_bytes)
+        self._runner = await self._on_device(
+            lambda: self._allocate(num_blocks, block_size, most, planned)
+        )
         self._check(epoch, State.LOADED)
         self._last_step_id = 0
         self._state = State.READY
         return self._runner.kv_cache.num_bytes
 
-    def _allocate(self, num_blocks: int, block_size: int, max_blocks: int) -> ModelRunner:
+    def _allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_blocks: int,
+        planned: tuple[int | None, int | None],
+    ) -> ModelRunner:
         shard, tp = self._shard, self._tp
         assert shard is not None and tp is not None
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+        self._meter.allocating()
         cache = KvCache.allocate(
             num_layers=shard.model.num_layers,
             num_blocks=num_blocks,
@@ -554,15 +615,16 @@ class Executor:
         )
         head = shard.model.lm_head
         sampler = Sampler(tp, head.rank_sizes, head.start, self._device)
-        is_gpu = self._device.type == "cuda"
         self._measure_memory()
+        self._meter.allocated(cache.num_bytes, *planned)
         return ModelRunner(
             shard.model,
             sampler,
             cache,
             shard.vocab_size,
             device=self._device,
-            max_blocks=max_blocks if is_gpu and self._config.cuda_graphs else None,
+            max_blocks=max_blocks if self._captures_graphs else None,
+            meter=self._meter,
         )
 
     def execute(self, epoch: int, step: Step) -> "asyncio.Future[StepResult]":
@@ -640,6 +702,7 @@ class Executor:
                 comm.close()
             if runner is not None:
                 runner.close()
+            self._meter.left()
             # Who joins next sizes its cache by what is free now.
             self._measure_memory()
 

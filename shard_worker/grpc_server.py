@@ -84,7 +84,11 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     ) -> _pb.AllocateKvCacheResponse:
         with self._executor.call():
             num_bytes = await self._executor.allocate(
-                request.epoch, request.num_blocks, request.block_size, request.max_model_len
+                request.epoch,
+                request.num_blocks,
+                request.block_size,
+                request.max_model_len,
+                **convert.planned_memory(request),
             )
         return _pb.AllocateKvCacheResponse(kv_cache_bytes=num_bytes)
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from colrow.errors import ResourceExhausted
 from shard_worker import kernels
 
 
@@ -57,7 +56,7 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KvCache":
-        """ResourceExhausted when the system has not that much memory to promise."""
+        """MemoryError when the system has not that much memory to promise."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         num_bytes = prod(shape) * dtype.itemsize
 
@@ -72,7 +71,7 @@ class KvCache:
         try:
             layers = tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers))
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
-            raise ResourceExhausted(
+            raise MemoryError(
                 f"num_blocks = {num_blocks}: of {block_size} tokens each they take "
                 f"{2 * num_layers * num_bytes} bytes of KV cache, more than there are"
             ) from error

@@ -19,6 +19,7 @@ from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
 from shard_worker.host import to_device
 from shard_worker.kv_cache import KvCache
 from shard_worker.logprobs import TokenLogprobs
+from shard_worker.memory_meter import MemoryMeter
 from shard_worker.models import Model
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
@@ -193,8 +194,10 @@ class ModelRunner:
         *,
         device: torch.device = _CPU,
         max_blocks: int | None = None,
+        meter: MemoryMeter | None = None,
     ) -> None:
-        """max_blocks: of one sequence, where steps are to be captured as CUDA graphs."""
+        """max_blocks: of one sequence, where steps are to be captured as CUDA graphs; `meter` then
+        measures what they keep."""
         self.model = model
         self.sampler = sampler
         self.kv_cache = kv_cache
@@ -204,8 +207,9 @@ class ModelRunner:
         self.last_tokens = torch.zeros(kv_cache.num_blocks + 1, dtype=torch.int64, device=device)
         self.graphs: StepGraphs | None = None
         if max_blocks is not None:
+            assert meter is not None
             self.graphs = StepGraphs(
-                model, sampler, kv_cache, self.last_tokens, max_blocks=max_blocks
+                model, sampler, kv_cache, self.last_tokens, max_blocks=max_blocks, meter=meter
             )
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows: list[int] = []

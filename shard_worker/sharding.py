@@ -4,8 +4,10 @@ The coordinator says how each parameter is split (`Parameter`) and which range o
 owns; nothing here knows a model family or decides a range.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -101,6 +103,11 @@ class ShardLayout:
         shape[parameter.split_dim] = sum(stop - start for start, stop in self.slices(name))
         return tuple(shape)
 
+    @property
+    def numel(self) -> int:
+        """Elements of all that this rank owns."""
+        return sum(prod(self.local_shape(name)) for name in self.parameters)
+
 
 @dataclass(slots=True)
 class ShardTensors:
@@ -108,7 +115,7 @@ class ShardTensors:
 
     A model asks for what it needs while it is built; `checkpoint.load` then fills `destinations`.
     Several keys may share one tensor (merged q, k and v), and a transposed parameter is a view. What a
-    layer adds to `preparations` runs once everything is loaded.
+    layer adds to `preparations` runs once everything is loaded, and gives the bytes that it has made.
     """
 
     layout: ShardLayout
@@ -116,14 +123,15 @@ class ShardTensors:
     dtype: torch.dtype
     device: torch.device
     destinations: dict[str, Tensor] = field(default_factory=dict)
-    preparations: list[Callable[[], None]] = field(default_factory=list)
+    preparations: list[Callable[[], int]] = field(default_factory=list)
+    _taken: list["weakref.ref[Tensor]"] = field(default_factory=list)
 
     def has(self, name: str) -> bool:
         return name in self.layout.parameters
 
     def take(self, name: str) -> Tensor:
         """An empty tensor of this rank's slice of one parameter, in its checkpoint layout."""
-        tensor = torch.empty(self._shape(name), dtype=self.dtype, device=self.device)
+        tensor = self._empty(self._shape(name))
         self._register(name, tensor)
         return tensor
 
@@ -135,10 +143,15 @@ class ShardTensors:
         names = tuple(names)
         shapes = [self._shape(name)[:: -1 if transposed else 1] for name in names]
         rows = [shape[0] for shape in shapes]
-        merged = torch.empty((sum(rows), *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        merged = self._empty((sum(rows), *shapes[0][1:]))
         for name, part in zip(names, merged.split(rows), strict=True):
             self._register(name, part.t() if transposed else part)
         return merged
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._taken.append(weakref.ref(tensor))
+        return tensor
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.layout.parameters:
@@ -154,11 +167,15 @@ class ShardTensors:
         if unknown := sorted(self.layout.parameters.keys() - self.destinations.keys()):
             raise InvalidArgument("parameters", unknown[0], "the model has no such parameter")
 
-    def finish(self) -> None:
-        """Brings every loaded weight into its fastest layout; `destinations` are given up."""
+    def finish(self) -> int:
+        """Brings every loaded weight into its fastest layout; `destinations` are given up.
+
+        Gives the bytes that are held from then on: more than were taken where a layout pads, or where
+        somebody needs a weight as it was taken, too.
+        """
         self.destinations.clear()
-        for prepare in self.preparations:
-            prepare()
+        made = sum([prepare() for prepare in self.preparations])
+        return made + sum(kept.nbytes for ref in self._taken if (kept := ref()) is not None)
 
     @property
     def num_bytes(self) -> int:

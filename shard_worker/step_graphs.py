@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colrow.memory import GraphSizes, StepSize
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
 from shard_worker.kv_cache import KvCache
+from shard_worker.memory_meter import MemoryMeter
 from shard_worker.models import Model
 from shard_worker.sampler import Sampler
 from shard_worker.tensor_parallel import OpStats
@@ -118,7 +120,9 @@ class StepGraphs:
         last_tokens: Tensor,
         *,
         max_blocks: int,
+        meter: MemoryMeter,
     ) -> None:
+        self._meter = meter
         self._model, self._sampler = model, sampler
         self._kv_cache = kv_cache
         self._last_tokens = last_tokens
@@ -127,6 +131,8 @@ class StepGraphs:
         self._nobody = len(last_tokens) - 1
         self._graphs: dict[tuple[str, int], _Graph] = {}
         self._pool: Any = None
+        # Libraries keep memory for each stream that they ever worked on.
+        self._side = torch.cuda.Stream(last_tokens.device)
         most = _PrefillLayout(_PREFILL_SIZES[-1])
         capacity = max(
             (_TABLE + max_blocks) * _MAX_SEQUENCES,
@@ -236,18 +242,19 @@ class StepGraphs:
         self._clear_inputs(kind, size)
         # Once outside: kernels are compiled and libraries set up by their first call.
         device = self._inputs.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._side):
             step(size)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(self._side)
         torch.cuda.synchronize(device)
+        self._meter.look()
         tp = self._sampler.tp
         counted = tp.all_stats()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits, tokens = step(size)
         self._pool = graph.pool()
+        self._meter.captured(self._pool)
         communicates = tp.take_back(counted)
         log.info("captured a %s step of %d in %.2f s", kind, size, time.monotonic() - began)
         captured = self._graphs[kind, size] = _Graph(graph, logits, tokens, communicates)
@@ -300,6 +307,13 @@ class StepGraphs:
         tokens = self._sampler.greedy(logits)
         self._last_tokens[rows] = tokens
         return logits, tokens
+
+
+GRAPH_SIZES = GraphSizes(
+    decode=tuple(StepSize(size, size) for size in _DECODE_SIZES),
+    prefill=tuple(StepSize(size, _PrefillLayout(size).sequences) for size in _PREFILL_SIZES),
+)
+"""Every step that there is a graph for, once it was needed."""
 
 
 def _prefill_layout(num_tokens: int) -> _PrefillLayout:

@@ -37,11 +37,15 @@ class Weight:
         self._packed: Tensor | None = None
         tensors.preparations.append(self._pack)
 
-    def _pack(self) -> None:
+    def _pack(self) -> int:
+        """The bytes of the layout that was made."""
         assert self._plain is not None
-        if self._plain.device.type == "cpu" and self._plain.dtype == torch.bfloat16:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, 1)
-            self._plain = None
+        if self._plain.device.type != "cpu" or self._plain.dtype != torch.bfloat16:
+            return 0
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, 1)
+        self._plain = None
+        # With what the layout pads, which `nbytes` leaves out.
+        return int(torch.ops.mkldnn._nbytes(self._packed))
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias: [num_tokens, inputs] -> [num_tokens, outputs]"""

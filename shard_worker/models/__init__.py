@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from colrow.errors import InvalidArgument, ServiceError
@@ -51,7 +52,7 @@ def build(config: Mapping[str, Any], tensors: ShardTensors) -> Model:
         )
     try:
         model = FAMILIES[architecture](config, tensors)
-    except ServiceError:
+    except (ServiceError, torch.OutOfMemoryError):
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         # A coordinator has checked its config; this one has not.

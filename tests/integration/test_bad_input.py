@@ -860,6 +860,14 @@ class TestAModelThatTheWorkersRefuse:
         line = failure(copy, still_good)
         assert "tp_size 2" in line and "tp sizes that fit: 1" in line
 
+    def test_more_weights_than_the_host_has_memory(self, copy: Path, still_good: list[str]) -> None:
+        """Refused before a worker is asked to load anything."""
+        change_config(copy, intermediate_size=2**31 - 1)  # terabytes
+        line = failure(copy, still_good)
+        assert "tp_size = 2: ranks 0 and 1 need " in line
+        assert "GiB for weights on a host (cpu) that has " in line
+        assert "no tp size up to " in line or "the smallest tp size that fits" in line
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
@@ -1291,6 +1299,7 @@ class TestLoading:
             "RESOURCE_EXHAUSTED",
             "num_blocks = 4294967295",
             "bytes",
+            "cpu is out of memory (weights ",
         )
         assert worker.state == "LOADED"
         worker.allocate()

@@ -649,6 +649,7 @@ def test_status_as_tables_and_as_data(colrow: Colrow, target: str) -> None:
     assert re.search(r"state +serving", shown)
     assert re.search(r"transport +shared memory", shown)
     assert "What each rank owns" in shown
+    assert re.search(r"^ +0 +cpu +\d+\.\d MiB / 130\.4 MiB +- / ", shown, re.MULTILINE)
     assert re.search(r"^ +1 +serving for \S+ \S+ +0\.\d s ago ", shown, re.MULTILINE)
     cluster = json.loads(colrow("status", "--json", "--target", target).stdout)
     assert cluster["state"] == "serving"

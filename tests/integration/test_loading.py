@@ -142,6 +142,23 @@ class TestThePlanIsKept:
         for worker, shard in zip(state.workers, state.plan.ranks, strict=True):
             assert worker.description.kv_cache_bytes == tokens * shard.kv_bytes_per_token > 0
 
+    def test_the_ledger_has_what_was_planned_and_what_is_held(self, served: Served) -> None:
+        state = served.running.client.cluster()
+        tokens = state.scheduler.kv_blocks_total * state.scheduler.block_size
+        for worker, shard in zip(state.workers, state.plan.ranks, strict=True):
+            ledger = worker.description.memory
+            assert ledger.weights.planned_bytes == shard.weight_bytes
+            assert ledger.weights.actual_bytes == shard.weight_bytes, "in float32 nothing is packed"
+            assert ledger.kv_cache.planned_bytes == tokens * shard.kv_bytes_per_token
+            assert (ledger.graphs.planned_bytes, ledger.graphs.actual_bytes) == (0, 0)
+            # A CPU gives the cache memory as it is written, and nobody counts what a step takes.
+            for use, name in (
+                (ledger.kv_cache, "actual_bytes"),
+                (ledger.workspace, "planned_bytes"),
+                (ledger.workspace, "actual_bytes"),
+            ):
+                assert not use.HasField(name), name
+
     def test_every_token_costs_the_bytes_of_the_plan(self, served: Served) -> None:
         """A token is computed once: those of the prompt, and all that were generated but the last,
         which nothing follows."""
@@ -346,6 +363,10 @@ def test_a_worker_holds_its_weights_and_little_more(demo_model_folder: Path) -> 
             for worker in state.workers:
                 held = worker.description
                 assert held.resident_bytes < held.weight_bytes + FIXED_OVERHEAD_BYTES
+                # In bfloat16 the tied LM head is held in a layout of its own too.
+                weights = held.memory.weights
+                assert weights.planned_bytes == held.weight_bytes < weights.actual_bytes
+                assert held.resident_bytes > weights.actual_bytes
             plan = state.plan
             generate(running, PROMPTS[2], 50)
             written = len(PROMPTS[2]) + 50

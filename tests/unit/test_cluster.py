@@ -1,23 +1,31 @@
-"""A drain waits for calls, whatever they do at the moment; requests that fail workers end in time."""
+"""A drain waits for calls, requests that fail workers end in time, a cache fits what is left."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from colrow.errors import Internal, ServiceError, Unavailable
+from colrow import __version__
+from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
+from colrow.memory import MemoryLedger, MemoryUse
 from coordinator.block_manager import BlockManager
 from coordinator.cluster import MAX_REFUSALS, Cluster, ModelFolder, State
 from coordinator.config import parse
 from coordinator.engine import Engine
 from coordinator.families import model_spec
+from coordinator.memory_plan import StepLimits, workspace_bytes
 from coordinator.request import ModelLimits, Request
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
+from coordinator.shard_plan import ShardPlan, make_plan
+from coordinator.worker_status import WorkerDescription
+from tests.unit.test_worker_status import DESCRIPTION
+
+MIB, GIB = 2**20, 2**30
 
 CONFIG = {
     "model_type": "llama",
@@ -145,3 +153,90 @@ async def test_the_time_that_requests_wait_spans_groups_that_form_and_fail(
     await failing.fails(Unavailable("lost again"))
     with pytest.raises(Unavailable, match="has not recovered"):
         await failing.request
+
+
+# What is left of a GPU's memory
+
+
+class Gpu:
+    """A worker on a GPU that takes everything, and notes it."""
+
+    def __init__(self, total: int, free: int = 0) -> None:
+        self.address = "gpu:1"
+        self.calls: list[str] = []
+        self.allocated: dict[str, Any] = {}
+        self.description = replace(
+            DESCRIPTION,
+            version=__version__,
+            device="cuda:0",
+            size=0,
+            memory_total_bytes=total,
+            memory_available_bytes=free,
+            supported_architectures=("LlamaForCausalLM",),
+            memory=MemoryLedger(weights=MemoryUse(MIB, 2 * MIB)),
+        )
+
+    async def describe(self, timeout_s: float) -> WorkerDescription:
+        return self.description
+
+    async def join(self, **request: Any) -> bytes:
+        self.calls.append("join")
+        return b""
+
+    async def load(self, plan: ShardPlan, **request: Any) -> int:
+        self.calls.append("load")
+        return plan.ranks[0].weight_bytes
+
+    async def allocate(self, **request: Any) -> int:
+        self.calls.append("allocate")
+        self.allocated = request
+        return 0
+
+    def open_steps(self, epoch: int) -> None: ...
+
+
+async def serve_on(gpu: Gpu, *flags: str) -> None:
+    config = parse(["--model", "m", "--workers", gpu.address, *flags])
+    model = ModelFolder(Path("m"), json.dumps(CONFIG), model_spec(CONFIG), None)
+    worker: Any = gpu
+    await Cluster(config, model, ShardGroup([worker], step_timeout_s=1))._start()
+
+
+BLOCK_BYTES = 16 * 2 * 2 * 4 * 4  # keys and values of two heads of four float32
+PLAN = make_plan(model_spec(CONFIG), 1)
+LIMITS = StepLimits(tokens=1024, sequences=256, context=64)
+BESIDE = workspace_bytes(PLAN, 0, LIMITS)
+
+
+async def test_the_cache_gets_what_steps_leave_of_a_gpu() -> None:
+    gpu = Gpu(10 * GIB, GIB + BESIDE + 9 * BLOCK_BYTES + 1)
+    await serve_on(gpu)
+    assert gpu.allocated["num_blocks"] == 9
+    assert gpu.allocated["planned"].workspace == MemoryUse(BESIDE)
+    assert gpu.allocated["planned"].graphs == MemoryUse(0), "it captures none"
+
+
+async def test_a_model_that_does_not_fit_is_not_loaded() -> None:
+    gpu = Gpu(BESIDE)
+    with pytest.raises(InvalidArgument, match=r"tp_size = 1: rank 0 \(cuda:0\) needs .*weights "):
+        await serve_on(gpu)
+    assert gpu.calls == []
+
+
+@pytest.mark.parametrize(("num_blocks", "flags"), [(0, ()), (3, ("--max-model-len", "64"))])
+async def test_without_room_for_a_block_or_the_context_asked_for_there_is_no_cache(
+    num_blocks: int, flags: tuple[str, ...]
+) -> None:
+    gpu = Gpu(10 * GIB, GIB + BESIDE + num_blocks * BLOCK_BYTES)
+    with pytest.raises(InvalidArgument) as raised:
+        await serve_on(gpu, *flags)
+    assert gpu.calls == ["join", "load"]
+    tokens = 64 if flags else 16
+    assert f"left for the KV cache, which is to hold {tokens} tokens: " in raised.value.message
+    assert "weights 2.0 MiB of 1.0 MiB planned" in raised.value.message
+
+
+async def test_a_context_that_nobody_asked_for_is_cut_to_what_there_is_room_for() -> None:
+    gpu = Gpu(10 * GIB, GIB + BESIDE + 3 * BLOCK_BYTES)
+    await serve_on(gpu)
+    assert (gpu.allocated["num_blocks"], gpu.allocated["max_model_len"]) == (3, 48)

@@ -567,6 +567,33 @@ def test_a_whole_embedding_is_on_every_rank() -> None:
         assert torch.equal(embedding(torch.tensor([3, 0, 15])), weight[[3, 0, 15]])
 
 
+# What is held once everything is in its layout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tied", "copies"),
+    [(torch.float32, True, 1), (torch.bfloat16, False, 2), (torch.bfloat16, True, 2)],
+    ids=str,
+)
+def test_weights_are_held_once_but_for_a_tied_one_that_is_packed(
+    dtype: torch.dtype, tied: bool, copies: int
+) -> None:
+    """64 ids of 32 features; an untied head is another tensor of the same size."""
+    table = torch.randn(64, 32)
+    parameters: Parameters = {"embed.weight": (table, 0, [Section("vocab", 64, 1)])}
+    if not tied:
+        parameters["head.weight"] = (table, 0, [Section("vocab", 64, 1)])
+    (tensors,) = shards(parameters, {"vocab": [0, 64]}, dtype)
+    embed = VocabParallelEmbedding(tensors, "embed")
+    head = VocabParallelLMHead(tensors, "head", tied_to=embed if tied else None)
+    assert tensors.num_bytes == tensors.layout.numel * dtype.itemsize
+    held = tensors.finish()
+    assert held >= copies * table.numel() * dtype.itemsize
+    assert held == embed.weight.nbytes + (
+        torch.ops.mkldnn._nbytes(head.weight._packed) if dtype == torch.bfloat16 else 0
+    )
+
+
 # Norms
 
 

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from colrow.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from colrow.memory import MemoryLedger, MemoryUse
 from coordinator import metrics
 from coordinator.block_manager import BlockManager
 from coordinator.cluster import Cluster, ModelFolder, State
@@ -72,6 +73,9 @@ DESCRIPTION = WorkerDescription(
         OpStats("all_gather", "sampler", "shm", 1, 8),
     ),
     supported_architectures=(),
+    memory=MemoryLedger(
+        weights=MemoryUse(1000, 1100), kv_cache=MemoryUse(200), graphs=MemoryUse(actual=0)
+    ),
 )
 
 RECORD = RequestRecord(
@@ -417,6 +421,21 @@ async def test_a_model_name_is_escaped(scraped: Scraped) -> None:
         if family.name.startswith("vllm:")
     }
     assert names == {odd}
+
+
+async def test_memory_is_told_by_use_and_what_is_unknown_is_not(scraped: Scraped) -> None:
+    scraped.serve()
+    found = await scraped.values("colrow_worker_memory_bytes", "rank", "use", "kind")
+    assert found == {
+        (rank, *which): value
+        for rank in ("0", "1")
+        for which, value in {
+            ("weights", "planned"): 1000,
+            ("weights", "actual"): 1100,
+            ("kv_cache", "planned"): 200,
+            ("graphs", "actual"): 0,
+        }.items()
+    }
 
 
 async def test_every_metric_is_documented_with_its_type(scraped: Scraped) -> None:
