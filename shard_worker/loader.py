@@ -5,10 +5,13 @@ straight into its tensor where that is contiguous and of the file's type, else i
 For a GPU each thread has two pinned buffers and a stream of its own: one buffer is read into while the
 other is copied to the device, where a type is converted, too.
 
-A slice of each row is one `preadv` a row, and Python's lock lets them start one by one;
-docs/architecture.md says what that costs, and why files are not mapped.
+A slice of each row is many short reads. The kernel is given a thousand of them at once, of the mapped
+file by `process_vm_readv`: one at a time they would wait for Python's lock, and a map that is read in
+the usual way kills the process when the file has become shorter (docs/architecture.md).
 """
 
+import ctypes
+import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,6 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +32,8 @@ from colrow.errors import DataLoss
 PIECE_BYTES = 8 * 1024 * 1024
 """Long enough that a copy to a device is at full speed, short enough that an abort is prompt."""
 MAX_THREADS = 8
+_ROWS_A_CALL = 1024  # what the kernel takes (IOV_MAX)
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +96,62 @@ class _Piece:
         return self.destination.view(-1)[begin:end]
 
 
+class _File:
+    """A file that is open for reading, by any number of threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self._map = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+
+    def read_rows(self, memory: memoryview, starts: range, offsets: range, width: int) -> int:
+        """Fills `width` bytes of memory at each start with what is at its offset of the file.
+
+        How many rows it has filled: not all where the file ends before, or the system does not let it.
+        """
+        num_rows = len(starts)
+        local = np.frombuffer(memory, dtype=np.uint8).ctypes.data + starts.start
+        remote = self._bytes.ctypes.data + offsets.start
+        local_vectors = _vectors(local, starts.step, width, num_rows)
+        remote_vectors = _vectors(remote, offsets.step, width, num_rows)
+        for done in range(0, num_rows, _ROWS_A_CALL):
+            some = slice(done, done + _ROWS_A_CALL)
+            count = _process_vm_readv(local_vectors[some], remote_vectors[some])
+            if count < len(local_vectors[some]) * width:
+                return done + max(count, 0) // width
+        return num_rows
+
+    def close(self) -> None:
+        del self._bytes
+        self._map.close()
+        os.close(self.descriptor)
+
+
+def _vectors(address: int, distance: int, width: int, count: int) -> np.ndarray:
+    """`struct iovec`s, uint64 [count, 2]: of each stretch its address and bytes."""
+    vectors = np.empty((count, 2), dtype=np.uint64)
+    vectors[:, 0] = np.arange(count, dtype=np.uint64) * distance + address
+    vectors[:, 1] = width
+    return vectors
+
+
+def _process_vm_readv(local: np.ndarray, remote: np.ndarray) -> int:
+    """The bytes that went from the stretches `remote` of this process to `local`, or -1."""
+    vectors = (
+        *(ctypes.c_void_p(local.ctypes.data), ctypes.c_ulong(len(local))),
+        *(ctypes.c_void_p(remote.ctypes.data), ctypes.c_ulong(len(remote))),
+    )
+    call = _LIBC.process_vm_readv
+    call.restype = ctypes.c_ssize_t
+    count: int = call(ctypes.c_int(os.getpid()), *vectors, ctypes.c_ulong(0))
+    return count
+
+
 class _Reader(Protocol):
     """Reads one piece at a time, by any thread."""
 
-    def read(self, descriptor: int, piece: _Piece) -> None:
+    def read(self, file: _File, piece: _Piece) -> None:
         """Brings a piece into its destination, or queues the last of it on the device."""
 
     def close(self) -> None:
@@ -133,10 +191,10 @@ def load(
     filled = len(ordered) - len(unread)  # those without elements
     done = 0
     with ExitStack() as stack:
-        descriptors: dict[Path, int] = {}
-        for file in dict.fromkeys(source.file for source, _ in ordered):
-            descriptors[file] = os.open(file, os.O_RDONLY)
-            stack.callback(os.close, descriptors[file])
+        files: dict[Path, _File] = {}
+        for path in dict.fromkeys(piece.source.file for piece in pieces):
+            files[path] = _File(path)
+            stack.callback(files[path].close)
         readers: SimpleQueue[_Reader] = SimpleQueue()
         for _ in range(num_threads):
             reader = _reader(pieces[0].destination.device, piece_bytes)
@@ -146,7 +204,7 @@ def load(
         def read(piece: _Piece) -> _Piece:
             reader = readers.get_nowait()  # there is one for each thread
             try:
-                reader.read(descriptors[piece.source.file], piece)
+                reader.read(files[piece.source.file], piece)
             finally:
                 readers.put(reader)
             return piece
@@ -192,7 +250,7 @@ def _pieces(
             yield _Piece(source, destination, index, first, last, start, stop)
 
 
-def _read(descriptor: int, piece: _Piece, destination: Tensor) -> None:
+def _read(file: _File, piece: _Piece, destination: Tensor) -> None:
     """Fills destination, uint8 [piece.num_bytes]. DataLoss when the file ends before that."""
     source = piece.source
     memory = memoryview(destination.numpy())  # type: ignore[arg-type]
@@ -201,23 +259,25 @@ def _read(descriptor: int, piece: _Piece, destination: Tensor) -> None:
     for start, stop in source.spans:
         low, high = max(before, piece.start), min(before + stop - start, piece.stop)
         if low < high:
-            first = range(low - piece.start, len(memory), width)
-            rows = [memory[at : at + high - low] for at in first]
             offset = source.offset + piece.first * source.period_bytes + start + low - before
-            offsets = range(offset, offset + len(rows) * source.period_bytes, source.period_bytes)
-            _read_rows(descriptor, rows, offsets, source.file)
+            starts = range(low - piece.start, len(memory), width)
+            offsets = range(offset, offset + len(starts) * source.period_bytes, source.period_bytes)
+            done = 0
+            if len(starts) > 1:
+                done = file.read_rows(memory, starts, offsets, high - low)
+            rows = [memory[at : at + high - low] for at in starts[done:]]
+            _read_rows(file, rows, offsets[done:])
         before += stop - start
 
 
-def _read_rows(descriptor: int, rows: list[memoryview], offsets: range, file: Path) -> None:
+def _read_rows(file: _File, rows: list[memoryview], offsets: range) -> None:
     """Fills each row from its offset."""
-    # There may be millions, so what is done for each of them is left to `map`.
-    counts = map(os.preadv, repeat(descriptor), zip(rows, strict=False), offsets)
+    counts = map(os.preadv, repeat(file.descriptor), zip(rows, strict=False), offsets)
     for row, offset, count in zip(rows, offsets, counts, strict=True):
         while count < len(row):
-            more = os.preadv(descriptor, [row[count:]], offset + count)
+            more = os.preadv(file.descriptor, [row[count:]], offset + count)
             if more == 0:
-                raise DataLoss(f"{file}: ended at byte {offset + count} while it was read")
+                raise DataLoss(f"{file.path}: ended at byte {offset + count} while it was read")
             count += more
 
 
@@ -243,12 +303,12 @@ class _CpuReader:
     def __init__(self, piece_bytes: int) -> None:
         self._buffer = torch.empty(piece_bytes, dtype=torch.uint8)  # takes memory as it is written
 
-    def read(self, descriptor: int, piece: _Piece) -> None:
+    def read(self, file: _File, piece: _Piece) -> None:
         if (stretch := piece.stretch) is not None:
-            _read(descriptor, piece, stretch.view(torch.uint8))
+            _read(file, piece, stretch.view(torch.uint8))
             return
         buffer = self._buffer[: piece.num_bytes]
-        _read(descriptor, piece, buffer)
+        _read(file, piece, buffer)
         _put(piece, buffer.view(piece.source.dtype))
 
     def close(self) -> None:
@@ -267,11 +327,11 @@ class _CudaReader:
         ]
         self._turns = cycle(range(len(self._buffers)))
 
-    def read(self, descriptor: int, piece: _Piece) -> None:
+    def read(self, file: _File, piece: _Piece) -> None:
         pinned, copied = self._buffers[next(self._turns)]
         copied.synchronize()  # what was in it before; at once where nothing was
         buffer = pinned[: piece.num_bytes]
-        _read(descriptor, piece, buffer)
+        _read(file, piece, buffer)
         with torch.cuda.stream(self._stream):
             if (stretch := piece.stretch) is not None:
                 stretch.view(torch.uint8).copy_(buffer, non_blocking=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -157,9 +158,31 @@ def test_what_has_no_elements_is_filled(tmp_path: Path) -> None:
     assert loader.load([(sources[0], destinations[0])], lambda *_: None) == 0
 
 
+def watch_map(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What comes of each read of rows from the mapped file, in bytes."""
+    read, counts = loader._process_vm_readv, []
+
+    def watched(local: Any, remote: Any) -> int:
+        counts.append(read(local, remote))
+        return counts[-1]
+
+    monkeypatch.setattr(loader, "_process_vm_readv", watched)
+    return counts
+
+
+def refuse_map(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As where the system forbids it."""
+    monkeypatch.setattr(loader, "_process_vm_readv", lambda *_: -1)
+    return []
+
+
 @pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="Linux counts reads there")
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_the_kernel_counts_the_bytes_of_all_threads(tmp_path: Path, num_threads: int) -> None:
+@pytest.mark.parametrize("by_map", [True, False])
+def test_the_kernel_counts_the_bytes_of_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int, by_map: bool
+) -> None:
+    mapped = watch_map(monkeypatch) if by_map else refuse_map(monkeypatch)
     matrix = random_tensor((256, 64), torch.float32)
     (offset,) = write(tmp_path / "weights", matrix)
     source = columns_of(tmp_path / "weights", offset, matrix, (3, 9), (40, 63))
@@ -174,7 +197,8 @@ def test_the_kernel_counts_the_bytes_of_all_threads(tmp_path: Path, num_threads:
     num_bytes = loader.load(
         [(source, destination)], lambda *_: None, piece_bytes=500, num_threads=num_threads
     )
-    assert so_far()[0] - before - asking == num_bytes == destination.nbytes
+    assert so_far()[0] - before - asking + sum(mapped) == num_bytes == destination.nbytes
+    assert bool(mapped) == by_map
 
 
 # Its threads and its memory
@@ -273,7 +297,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
             os.truncate(file, offset + 40)
         return preadv(descriptor, buffers, at)
 
+    read = loader._process_vm_readv
+
+    def shrinking_read(local: Any, remote: Any) -> int:
+        if next(reads) == 100:
+            os.truncate(file, offset + 40)
+        return read(local, remote)
+
     monkeypatch.setattr(os, "preadv", shrinking_preadv)
+    monkeypatch.setattr(loader, "_process_vm_readv", shrinking_read)
     source, destination = columns_of(file, offset, matrix, (8, 16)), torch.empty(2000, 8)
     with nothing_left(file), pytest.raises(DataLoss, match=r"weights: ended at byte \d+ while"):
         loader.load(
@@ -281,9 +313,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
         )
 
 
+@pytest.mark.parametrize("mapped", [-1, 0, 28 * 7, 28 * 7 + 5])
 def test_reads_that_give_less_than_asked_are_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: int
 ) -> None:
+    read = loader._process_vm_readv
+    monkeypatch.setattr(loader, "_process_vm_readv", lambda *vectors: min(read(*vectors), mapped))
     matrix = random_tensor((20, 10), torch.float32)
     (offset,) = write(tmp_path / "weights", matrix)
     destination = torch.full((20, 7), float("nan"))
