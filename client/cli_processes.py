@@ -53,8 +53,14 @@ def serve(
         typer.Option(min=1, help="Context length in tokens.", show_default="the model's"),
     ] = None,
     max_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in a step, at most.")
-    ] = DEFAULTS.max_batched_tokens,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens in a step, at most.",
+            show_default=f"{coordinator_config.DEFAULT_CPU_BATCHED_TOKENS} on CPUs, "
+            f"{coordinator_config.DEFAULT_GPU_BATCHED_TOKENS} on GPUs",
+        ),
+    ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Sequences in a step, at most.")
     ] = DEFAULTS.max_running,

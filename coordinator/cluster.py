@@ -20,7 +20,12 @@ from colrow.errors import (
 )
 from colrow.memory import MemoryLedger
 from coordinator.block_manager import BlockManager
-from coordinator.config import DEFAULT_CPU_CACHE_MIB, CoordinatorConfig
+from coordinator.config import (
+    DEFAULT_CPU_BATCHED_TOKENS,
+    DEFAULT_CPU_CACHE_MIB,
+    DEFAULT_GPU_BATCHED_TOKENS,
+    CoordinatorConfig,
+)
 from coordinator.engine import Engine, Observer
 from coordinator.families import Fields, model_spec
 from coordinator.memory_plan import (
@@ -353,7 +358,7 @@ class Cluster:
         # Once the workers have room for so many blocks, an account of them is no risk.
         self.scheduler = Scheduler(
             BlockManager(self._num_blocks, config.block_size, prefix_caching=config.prefix_caching),
-            max_batched_tokens=config.max_batched_tokens,
+            max_batched_tokens=self.max_batched_tokens,
             max_running=config.max_running,
         )
         self.engine_or_none = Engine(
@@ -367,6 +372,18 @@ class Cluster:
         )
         return self.engine_or_none
 
+    @property
+    def max_batched_tokens(self) -> int:
+        """Of a step. Known when the workers have said what they are."""
+        if self.config.max_batched_tokens is not None:
+            return self.config.max_batched_tokens
+        on_gpu = all(
+            status.description.is_gpu for status in self.group.statuses if status.description
+        )
+        default = DEFAULT_GPU_BATCHED_TOKENS if on_gpu else DEFAULT_CPU_BATCHED_TOKENS
+        # Every running sequence gets its token.
+        return max(default, self.config.max_running)
+
     def _memory_settings(self) -> MemorySettings:
         """InvalidArgument for a context that the model has not."""
         config, size = self.config, self.config.block_size
@@ -378,7 +395,7 @@ class Cluster:
         # A context that nobody asked for is cut to what there is room for.
         least = config.max_model_len or 1
         return MemorySettings(
-            limits=StepLimits(config.max_batched_tokens, config.max_running, self.context_length),
+            limits=StepLimits(self.max_batched_tokens, config.max_running, self.context_length),
             least_cache_tokens=-(-least // size) * size,
             gpu_memory_utilization=config.gpu_memory_utilization,
             is_cache_given=config.num_blocks is not None or config.kv_cache_bytes is not None,

@@ -11,6 +11,10 @@ from colrow.logs import FORMATS
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MAX_RUNNING = 256
 DEFAULT_CPU_CACHE_MIB = 512
+# Of a step. A GPU computes a long prompt faster in one step than in eight; on a CPU that would keep
+# everybody else waiting for seconds.
+DEFAULT_CPU_BATCHED_TOKENS = 1024
+DEFAULT_GPU_BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class CoordinatorConfig:
     num_blocks: int | None
     block_size: int
     max_model_len: int | None
-    max_batched_tokens: int
+    max_batched_tokens: int | None
     max_running: int
     max_waiting: int
     prefix_caching: bool
@@ -112,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-blocks", type=int, help="blocks of KV cache (default: what --kv-cache-mib holds)")
     add("--block-size", type=int, default=16, help="tokens in a block of KV cache")
     add("--max-model-len", type=int, help="context length in tokens (default: the model's)")
-    add("--max-batched-tokens", type=int, default=1024, help="tokens in a step, at most")
+    add(
+        "--max-batched-tokens",
+        type=int,
+        help=f"tokens in a step, at most (default: {DEFAULT_CPU_BATCHED_TOKENS} on CPUs, "
+        f"{DEFAULT_GPU_BATCHED_TOKENS} on GPUs)",
+    )
     add(
         "--max-running",
         type=int,
@@ -227,8 +236,9 @@ def parse(arguments: Sequence[str] | None = None) -> CoordinatorConfig:
             parser.error(f"--{name.replace('_', '-')} {value}: is not in (0, {2**32})")
     if not 0 < flags.gpu_memory_utilization <= 1:
         parser.error(f"--gpu-memory-utilization {flags.gpu_memory_utilization}: is not in (0, 1]")
-    max_running = flags.max_running or min(DEFAULT_MAX_RUNNING, flags.max_batched_tokens)
-    if max_running > flags.max_batched_tokens:
+    most = flags.max_batched_tokens or DEFAULT_MAX_RUNNING
+    max_running = flags.max_running or min(DEFAULT_MAX_RUNNING, most)
+    if flags.max_batched_tokens is not None and max_running > flags.max_batched_tokens:
         parser.error(
             f"--max-running {max_running}: a step has only --max-batched-tokens "
             f"{flags.max_batched_tokens}"

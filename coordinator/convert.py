@@ -466,6 +466,7 @@ def worker_description(message: _worker_pb.WorkerDescription) -> WorkerDescripti
         graph_sizes=GraphSizes(
             _step_sizes(message.memory.graph_sizes.decode),
             _step_sizes(message.memory.graph_sizes.prefill),
+            message.memory.graph_sizes.draws,
         ),
     )
 
@@ -515,7 +516,9 @@ def _ledger_message(ledger: MemoryLedger, sizes: GraphSizes) -> _worker_pb.Memor
             for name, use in ledger.entries()
         },
         graph_sizes=_worker_pb.GraphSizes(
-            decode=_step_size_messages(sizes.decode), prefill=_step_size_messages(sizes.prefill)
+            decode=_step_size_messages(sizes.decode),
+            prefill=_step_size_messages(sizes.prefill),
+            draws=sizes.draws,
         ),
     )
 

@@ -17,9 +17,9 @@ from coordinator.worker_status import WorkerDescription
 
 _INDEX_BYTES = 32  # of a token: its id, position, slot
 _FLOAT_BYTES = 4
-# Of a logit while tokens are drawn: its mass in float64, both once more for the rows that are truncated,
-# and itself for those that are drawn where others are not.
-_DRAW_BYTES = 24
+# Of a logit while tokens are drawn: its mass in float64, three times while a top-p is searched for,
+# the bits and digits of that, and itself and its mass once more for the rows that are truncated.
+_DRAW_BYTES = 53
 # cuBLAS keeps as much for each stream that it works on (compute capability 9.0; others 8 MiB).
 _LIBRARY_BYTES = 32 * 2**20
 # torch's allocator takes memory in such pieces, for small and for larger tensors.
@@ -80,7 +80,7 @@ def workspace_bytes(plan: ShardPlan, rank: int, limits: StepLimits) -> int:
 def graph_bytes(plan: ShardPlan, rank: int, limits: StepLimits, sizes: GraphSizes) -> int:
     """What all graphs keep that steps within `limits` can have captured.
 
-    Each keeps its logits; what else it needs, all of them need in one place.
+    All write their logits to one place, made for the largest; what else they need they share too.
     """
     captured = [
         *_captured(sizes.decode, lambda size: size.sequences, limits.sequences),
@@ -89,12 +89,14 @@ def graph_bytes(plan: ShardPlan, rank: int, limits: StepLimits, sizes: GraphSize
     if not captured:
         return 0
     vocab = len(plan.ranks[rank].ranges[Axis.VOCAB])
-    kept = sum(size.sequences for size in captured) * vocab * _FLOAT_BYTES
+    logits = max(size.sequences for size in sizes.decode) * vocab * _FLOAT_BYTES
+    drawn = min(sizes.draws, limits.sequences) * vocab * _DRAW_BYTES
     shared = max(
-        max(layer_bytes(plan, rank, size.tokens), logits_bytes(plan, rank, size))
-        for size in captured
+        drawn,
+        *(layer_bytes(plan, rank, size.tokens) for size in captured),
+        *(logits_bytes(plan, rank, size) for size in captured),
     )
-    return kept + shared + _LIBRARY_BYTES + _SEGMENT_BYTES
+    return logits + shared + _LIBRARY_BYTES + _SEGMENT_BYTES
 
 
 def _captured(

@@ -271,7 +271,9 @@ def _memory(ledger: MemoryLedger, sizes: GraphSizes) -> _pb.MemoryLedger:
             for name, use in ledger.entries()
         },
         graph_sizes=_pb.GraphSizes(
-            decode=_step_sizes(sizes.decode), prefill=_step_sizes(sizes.prefill)
+            decode=_step_sizes(sizes.decode),
+            prefill=_step_sizes(sizes.prefill),
+            draws=sizes.draws,
         ),
     )
 

@@ -617,7 +617,7 @@ class Executor:
         sampler = Sampler(tp, head.rank_sizes, head.start, self._device)
         self._measure_memory()
         self._meter.allocated(cache.num_bytes, *planned)
-        return ModelRunner(
+        runner = ModelRunner(
             shard.model,
             sampler,
             cache,
@@ -626,6 +626,8 @@ class Executor:
             max_blocks=max_blocks if self._captures_graphs else None,
             meter=self._meter,
         )
+        self._meter.prepared()
+        return runner
 
     def execute(self, epoch: int, step: Step) -> "asyncio.Future[StepResult]":
         """Queues a step behind those before it. FailedPrecondition on a gap or a stale epoch."""

@@ -22,6 +22,7 @@ class MemoryMeter:
         self._before = 0  # given out before weights or cache were
         self._kept = 0  # given out for good: what is beyond it a step takes and gives back
         self._without_graphs = 0  # of that
+        self._shared = 0  # by graphs, beside their pool
         self._peak = 0
 
     def _given_out(self) -> int:
@@ -56,6 +57,12 @@ class MemoryMeter:
         if self._is_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def prepared(self) -> None:
+        """What all graphs read from and write to is there."""
+        self._shared = self._given_out() - self._kept
+        self._kept = self._without_graphs = self._given_out()
+        self.ledger = replace(self.ledger, graphs=replace(self.ledger.graphs, actual=self._shared))
+
     def look(self) -> None:
         """Takes down the most that a step took so far."""
         if not self._is_gpu or self.ledger.kv_cache == MemoryUse():
@@ -69,7 +76,7 @@ class MemoryMeter:
         """A graph was captured into this memory pool, which all graphs share. `look` comes before."""
         segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == pool]
         # What capturing gives back the pool keeps, for the next replay to write to.
-        held = sum(segment["total_size"] for segment in segments)
+        held = self._shared + sum(segment["total_size"] for segment in segments)
         self._kept = self._without_graphs + sum(s["allocated_size"] for s in segments)
         self.ledger = replace(self.ledger, graphs=replace(self.ledger.graphs, actual=held))
         # The peak of a capture is the pool's.

@@ -291,6 +291,11 @@ class ModelRunner:
             rows = self._to_device([row for row, span in enumerate(spans) if span.samples])
             logits, tokens = logits[rows], tokens[rows]
         if sampling and not all(span.sequence.is_plain for span in sampling):
+            if len(sampling) == len(spans):
+                draws = [_draw(span.sequence) for span in spans]
+                drawn = self.graphs.draw(draws, [span.sequence.row for span in spans])
+                if drawn is not None:
+                    return drawn, []
             return self._sample(sampling, logits)
         return tokens, []
 

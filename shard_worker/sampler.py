@@ -24,7 +24,7 @@ from shard_worker.host import to_device
 from shard_worker.logprobs import Logprobs
 from shard_worker.sampling import Sampling
 from shard_worker.tensor_parallel import TensorParallel
-from shard_worker.truncation import Truncation
+from shard_worker.truncation import Cuts, Truncation
 from shard_worker.vocabulary import Vocabulary
 
 _CPU = torch.device("cpu")
@@ -81,13 +81,13 @@ class Sampler:
         if not random:
             return self.greedy(logits)
         if len(random) == len(draws):
-            return self._random(logits, draws)
+            return self.drawn(logits, self._columns(draws))
         greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
         tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
         rows = to_device(greedy, logits.device)
         tokens[rows] = self.greedy(logits[rows])
         rows = to_device(random, logits.device)
-        tokens[rows] = self._random(logits[rows], [draws[row] for row in random])
+        tokens[rows] = self.drawn(logits[rows], self._columns([draws[row] for row in random]))
         return tokens
 
     def greedy(self, logits: Tensor) -> Tensor:
@@ -99,21 +99,21 @@ class Sampler:
         best = ranks[:, 0::2].argmax(dim=-1, keepdim=True)
         return ranks[:, 1::2].gather(1, best).squeeze(1).long()
 
-    def _random(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """A token of each row by its temperature, top-k, top-p and min-p. Writes to the logits."""
+    def drawn(self, logits: Tensor, columns: "Columns") -> Tensor:
+        """A token of each row by its temperature, top-k, top-p and min-p: int64 [num_rows]. Writes to
+        the logits, float32 [num_rows, vocabulary of this rank]."""
         gather = self.vocabulary.gather
         # Where float16 overflowed there are infinities; their differences would be NaN.
         logits.nan_to_num_(nan=torch.finfo(logits.dtype).min)
         largest = gather(logits.amax(-1, keepdim=True)).amax(-1, keepdim=True)
         # In float64 hardly a token is unlikely enough to be denormal, of which exp is many times slower.
-        mass = logits.double().sub_(largest)
-        mass.mul_(_column([1 / draw.sampling.temperature for draw in draws], mass)).exp_()
-        least = self.truncation(logits, mass, largest, [draw.sampling for draw in draws])
-        if least is not None:
+        mass = logits.double().sub_(largest).mul_(columns.inverse_temperature).exp_()
+        if columns.cuts is not None:
+            least = self.truncation(logits, mass, largest, columns.cuts)
             mass.masked_fill_(logits < least, 0)
         cumulative = mass.cumsum_(-1)
         bounds = gather(cumulative[:, -1:]).cumsum(-1)  # [num_rows, size]
-        target = _column([_uniform(draw) for draw in draws], bounds) * bounds[:, -1:]
+        target = columns.uniform * bounds[:, -1:]
         owner = _invert(bounds, target)
         before = bounds.gather(1, (owner - 1).clamp_(min=0)).mul_(owner > 0)
         token = self.vocabulary.start + _invert(cumulative, target - before)
@@ -121,13 +121,30 @@ class Sampler:
         token.masked_fill_(owner != self.tp.rank, -1)
         return gather(token).amax(-1)
 
+    def _columns(self, draws: Sequence[Draw]) -> "Columns":
+        samplings = [draw.sampling for draw in draws]
+        return Columns(
+            _column([1 / sampling.temperature for sampling in samplings], self.device),
+            _column([uniform(draw) for draw in draws], self.device),
+            Cuts.of(samplings, self.vocabulary.size, self.device),
+        )
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[num_rows, 1], of the type and on the device of `like`"""
-    return to_device(values, like.device, like.dtype).unsqueeze(1)
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """How rows are drawn, as the device has it: float64 [num_rows, 1] each."""
+
+    inverse_temperature: Tensor
+    uniform: Tensor
+    """In [0, 1): which part of the row's distribution it is."""
+    cuts: Cuts | None
 
 
-def _uniform(draw: Draw) -> float:
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return to_device(values, device, torch.float64).unsqueeze(1)
+
+
+def uniform(draw: Draw) -> float:
     """A number in [0, 1) that the seed and the index of the token decide."""
     key = np.array([draw.sampling.seed, draw.index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random()

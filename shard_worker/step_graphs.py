@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from colrow.memory import GraphSizes, StepSize
+from shard_worker.draw_graphs import MAX_DRAWS, DrawGraphs
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.models import Model
-from shard_worker.sampler import Sampler
+from shard_worker.sampler import Draw, Sampler
+from shard_worker.staging import Staging
 from shard_worker.tensor_parallel import OpStats
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,6 @@ _PREFILL_SIZES = (16, 32, 64, 128, 256, 512)
 _MAX_SEQUENCES = _DECODE_SIZES[-1]
 # Beyond this context torch's attention, launched alone, makes up for the Python that it costs.
 _MAX_PREFILL_CONTEXT = 2048
-_STAGES = 4  # more than steps that are in flight
 
 # A decode step's inputs, [4 + blocks, sequences]: of each sequence where its last token is, that token's
 # position and cache slot, its context with it; below them its blocks, a row each.
@@ -92,18 +93,9 @@ class _PrefillLayout:
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor
     tokens: Tensor
     communicates: Sequence[OpStats]
     """What each replay does."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Host memory that a copy to the device reads from, and when it has done so."""
-
-    memory: Tensor
-    copied: torch.cuda.Event
 
 
 class StepGraphs:
@@ -140,8 +132,11 @@ class StepGraphs:
         )
         # All graphs read from the beginning of this.
         self._inputs = torch.zeros(capacity, dtype=torch.int32, device=last_tokens.device)
-        self._stages: list[_Stage] = []
-        self._next_stage = 0
+        self._staging = Staging(capacity, torch.int32)
+        # And all write to the beginning of this.
+        vocabulary = sampler.rank_sizes[sampler.tp.rank]
+        self._logits = torch.zeros(_MAX_SEQUENCES, vocabulary, device=last_tokens.device)
+        self._draws = DrawGraphs(sampler, self._logits, last_tokens, side=self._side, meter=meter)
 
     def fit(self, chunks: Sequence[GraphChunk]) -> bool:
         """There is a graph for such a step."""
@@ -164,35 +159,47 @@ class StepGraphs:
             return self._run_decode(chunks)
         return self._run_prefill(chunks)
 
+    def draw(self, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor | None:
+        """Queues draws from the logits of the step that was run last, one after each chunk -> tokens,
+        int64 [n], which are in `last_tokens[rows]` then. None, and nothing done, for draws that there is
+        no graph for."""
+        return self._draws.run(draws, rows, self._pool) if self._draws.fit(draws) else None
+
     def _run_decode(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
         size = self._kv_cache.block_size
         count = len(chunks)
         bucket = _DECODE_SIZES[bisect_left(_DECODE_SIZES, count)]
         graph = self._graphs.get(("decode", bucket)) or self._capture("decode", bucket)
         height = _TABLE + (max(chunk.start for chunk in chunks) // size + 1)
-        stage = self._stage()
-        flat = stage.memory[: height * bucket]
-        array = flat.view(height, bucket).numpy()
-        array.fill(0)
-        array[_ROW, count:] = self._nobody
-        array[_SLOT, count:] = -1
-        for column, chunk in enumerate(chunks):
-            position, blocks = chunk.start, chunk.block_ids
-            used = position // size + 1
-            slot = blocks[used - 1] * size + position % size
-            array[:_TABLE, column] = (chunk.row, position, slot, chunk.stop)
-            array[_TABLE : _TABLE + used, column] = blocks[:used]
-        return self._replay(graph, stage, flat, count)
+        with self._staging.take(height * bucket) as flat:
+            array = flat.view(height, bucket).numpy()
+            array.fill(0)
+            array[_ROW, count:] = self._nobody
+            array[_SLOT, count:] = -1
+            for column, chunk in enumerate(chunks):
+                position, blocks = chunk.start, chunk.block_ids
+                used = position // size + 1
+                slot = blocks[used - 1] * size + position % size
+                array[:_TABLE, column] = (chunk.row, position, slot, chunk.stop)
+                array[_TABLE : _TABLE + used, column] = blocks[:used]
+            self._inputs[: len(flat)].copy_(flat, non_blocking=True)
+        return self._replay(graph, count)
 
     def _run_prefill(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
-        size, tile = self._kv_cache.block_size, PackedSpan.TILE
         layout = _prefill_layout(sum(chunk.stop - chunk.start for chunk in chunks))
         graph = self._graphs.get(("prefill", layout.size)) or self._capture("prefill", layout.size)
-        most = -(-max(chunk.stop for chunk in chunks) // size)
-        stage = self._stage()
-        flat = stage.memory[: layout.num_inputs + most * layout.sequences]
+        most = -(-max(chunk.stop for chunk in chunks) // self._kv_cache.block_size)
+        with self._staging.take(layout.num_inputs + most * layout.sequences) as flat:
+            self._fill_prefill(layout, flat, chunks)
+            self._inputs[: len(flat)].copy_(flat, non_blocking=True)
+        return self._replay(graph, len(chunks))
+
+    def _fill_prefill(
+        self, layout: _PrefillLayout, flat: Tensor, chunks: Sequence[GraphChunk]
+    ) -> None:
+        size, tile = self._kv_cache.block_size, PackedSpan.TILE
         tokens, sequences, tiles, rest = layout.split(flat.numpy())
-        tables = rest.reshape(most, layout.sequences)
+        tables = rest.reshape(-1, layout.sequences)
         flat.zero_()
         tokens[3] = -1  # no slot
         sequences[4] = self._nobody
@@ -215,26 +222,11 @@ class StepGraphs:
             tiles[1, num_tiles : num_tiles + more] = range(0, count, tile)
             num_tiles += more
             at += count
-        return self._replay(graph, stage, flat, len(chunks))
 
-    def _replay(
-        self, graph: _Graph, stage: _Stage, inputs: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        self._inputs[: len(inputs)].copy_(inputs, non_blocking=True)
-        stage.copied.record()
+    def _replay(self, graph: _Graph, count: int) -> tuple[Tensor, Tensor]:
         graph.graph.replay()
         self._sampler.tp.count(graph.communicates)
-        return graph.logits[:count], graph.tokens[:count]
-
-    def _stage(self) -> _Stage:
-        """Memory that no copy reads from any more."""
-        if len(self._stages) < _STAGES:
-            memory = torch.empty(self._inputs.shape, dtype=torch.int32, pin_memory=True)
-            self._stages.append(_Stage(memory, torch.cuda.Event()))
-        stage = self._stages[self._next_stage % len(self._stages)]
-        self._next_stage += 1
-        stage.copied.synchronize()
-        return stage
+        return self._logits[:count], graph.tokens[:count]
 
     def _capture(self, kind: str, size: int) -> _Graph:
         began = time.monotonic()
@@ -252,12 +244,12 @@ class StepGraphs:
         counted = tp.all_stats()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, tokens = step(size)
+            tokens = step(size)
         self._pool = graph.pool()
         self._meter.captured(self._pool)
         communicates = tp.take_back(counted)
         log.info("captured a %s step of %d in %.2f s", kind, size, time.monotonic() - began)
-        captured = self._graphs[kind, size] = _Graph(graph, logits, tokens, communicates)
+        captured = self._graphs[kind, size] = _Graph(graph, tokens, communicates)
         return captured
 
     def _clear_inputs(self, kind: str, size: int) -> None:
@@ -270,7 +262,7 @@ class StepGraphs:
             tokens, sequences, tiles, _ = _PrefillLayout(size).split(self._inputs)
             tokens[3], sequences[4], tiles[0] = -1, self._nobody, -1
 
-    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
+    def _decode(self, size: int) -> Tensor:
         inputs = self._inputs[: (_TABLE + self._max_blocks) * size].view(-1, size)
         rows = inputs[_ROW].long()
         batch = ForwardBatch(
@@ -287,7 +279,7 @@ class StepGraphs:
         )
         return self._sample(self._model(batch), rows)
 
-    def _prefill(self, size: int) -> tuple[Tensor, Tensor]:
+    def _prefill(self, size: int) -> Tensor:
         layout = _PrefillLayout(size)
         tokens, sequences, tiles, rest = layout.split(self._inputs)
         tables = rest[: self._max_context_blocks * layout.sequences].view(-1, layout.sequences)
@@ -302,16 +294,17 @@ class StepGraphs:
         hidden = self._model(batch)[sequences[3].long()]
         return self._sample(hidden, sequences[4].long())
 
-    def _sample(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._model.lm_head(hidden)
+    def _sample(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        logits = self._model.lm_head(hidden, out=self._logits[: len(hidden)])
         tokens = self._sampler.greedy(logits)
         self._last_tokens[rows] = tokens
-        return logits, tokens
+        return tokens
 
 
 GRAPH_SIZES = GraphSizes(
     decode=tuple(StepSize(size, size) for size in _DECODE_SIZES),
     prefill=tuple(StepSize(size, _PrefillLayout(size).sequences) for size in _PREFILL_SIZES),
+    draws=MAX_DRAWS,
 )
 """Every step that there is a graph for, once it was needed."""
 

@@ -9,6 +9,7 @@ takes it, and the result is what is gathered.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,10 +21,59 @@ from shard_worker.vocabulary import Vocabulary
 
 # How many of its likeliest tokens a rank shows where a top-p is looked for. A model that knows what to
 # say has far fewer in its top-p; other rows are searched digit by digit.
-_CANDIDATES = 64
+CANDIDATES = 64
 _DIGIT_BITS = 8
 _BASE = 1 << _DIGIT_BITS
 _ALL_BITS = 2**31 - 1  # of an int32 but its sign
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where rows are cut off, on the device, and what of it the host knows.
+
+    top_k (int64, 0: none) and top_p (float64, 1: none), [n, 1], are of `rows`, or of all rows where that
+    is None; min_p (0: none) and temperature, float64 [num_rows, 1], of all.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    temperature: Tensor
+    num_candidates: int
+    """How many of its likeliest tokens each rank shows; 0 where no row has a top-k or a top-p."""
+    has_top_p: bool
+    has_both: bool
+    """A row may have a top-k and a top-p."""
+    has_min_p: bool
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, samplings: Sequence[Sampling], vocab_size: int, device: torch.device
+    ) -> "Cuts | None":
+        """Those of rows that sample so; None where none is cut."""
+        limits = [s.top_k if s.top_k < vocab_size else 0 for s in samplings]
+        nucleus = [s.top_p < 1 for s in samplings]
+        has_min_p = any(s.min_p > 0 for s in samplings)
+        cut = [row for row in range(len(samplings)) if limits[row] or nucleus[row]]
+        if not cut and not has_min_p:
+            return None
+
+        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return to_device(values, device, dtype).unsqueeze(1)
+
+        has_top_p = any(nucleus)
+        return cls(
+            top_k=column([limits[row] for row in cut], torch.int64),
+            top_p=column([samplings[row].top_p for row in cut], torch.float64),
+            min_p=column([s.min_p for s in samplings], torch.float64),
+            temperature=column([s.temperature for s in samplings], torch.float64),
+            num_candidates=max(*limits, CANDIDATES if has_top_p else 0, 0),
+            has_top_p=has_top_p,
+            has_both=any(limits[row] and nucleus[row] for row in cut),
+            has_min_p=has_min_p,
+            rows=None if len(cut) == len(samplings) else to_device(cut, device),
+        )
 
 
 class Truncation:
@@ -37,59 +87,42 @@ class Truncation:
         self.vocabulary = vocabulary
         self.looks = looks
 
-    def __call__(
-        self, logits: Tensor, mass: Tensor, largest: Tensor, samplings: Sequence[Sampling]
-    ) -> Tensor | None:
-        """Finite float32 [num_rows, vocabulary of this rank] -> float32 [num_rows, 1]; None: keep all
+    def __call__(self, logits: Tensor, mass: Tensor, largest: Tensor, cuts: Cuts) -> Tensor:
+        """Finite float32 [num_rows, vocabulary of this rank] -> float32 [num_rows, 1]
 
         `mass` (float64) is each token's probability but for a factor of its row, `largest` [num_rows, 1]
         the logit of each row's likeliest token.
         """
-        size = self.vocabulary.size
-        cut = [row for row, s in enumerate(samplings) if 0 < s.top_k < size or s.top_p < 1]
-        relative = any(s.min_p > 0 for s in samplings)
-        if not cut and not relative:
-            return None
-        if len(cut) == len(samplings):
-            least = self._top(logits, mass, samplings)
-        else:
-            least = torch.full_like(largest, float("-inf"))
-            if cut:
-                rows = to_device(cut, logits.device)
-                least[rows] = self._top(logits[rows], mass[rows], [samplings[row] for row in cut])
-        if relative:
-            least = torch.maximum(least, _min_p(largest, samplings))
+        least = torch.full_like(largest, float("-inf"))
+        if cuts.num_candidates and cuts.rows is None:
+            least = self._top(logits, mass, cuts)
+        elif cuts.num_candidates:
+            least[cuts.rows] = self._top(logits[cuts.rows], mass[cuts.rows], cuts)
+        if cuts.has_min_p:
+            least = torch.maximum(least, _min_p(largest, cuts))
         # Whatever was rounded, the likeliest token stays.
         return torch.minimum(least, largest)
 
-    def _top(self, logits: Tensor, mass: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-        """The least logit in the top-k and, of what that leaves, in the top-p; of rows with either"""
-        limits = [s.top_k if s.top_k < self.vocabulary.size else 0 for s in samplings]
-        top_k = to_device(limits, logits.device).unsqueeze(1)
-        nucleus = [row for row, s in enumerate(samplings) if s.top_p < 1]
-        count = max(max(limits), _CANDIDATES if nucleus else 0)
-        values, masses, unseen = self._candidates(logits, mass, count)
-        kth = values.gather(1, (top_k - 1).clamp_(min=0))
-        limited = top_k > 0
-        least = kth.masked_fill_(~limited, float("-inf"))
-        if not nucleus:
+    def _top(self, logits: Tensor, mass: Tensor, cuts: Cuts) -> Tensor:
+        """The least logit in the top-k and, of what that leaves, in the top-p; of `cuts.rows`"""
+        values, masses, unseen = self._candidates(logits, mass, cuts.num_candidates)
+        kth = values.gather(1, (cuts.top_k - 1).clamp_(min=0))
+        least = kth.masked_fill_(cuts.top_k == 0, float("-inf"))
+        if not cuts.has_top_p:
             return least
         # Probabilities count among what top-k has left.
-        total = mass.sum(-1, keepdim=True)
-        for row in nucleus:
-            if limits[row]:
-                total[row] = mass[row] @ (logits[row] >= least[row]).double()
-        top_p = to_device([s.top_p for s in samplings], mass.device, mass.dtype).unsqueeze(1)
-        wanted = top_p * self.vocabulary.gather(total).cumsum(-1)[:, -1:]
+        left = mass.masked_fill(logits < least, 0) if cuts.has_both else mass
+        total = self.vocabulary.gather(left.sum(-1, keepdim=True)).cumsum(-1)[:, -1:]
+        wanted = cuts.top_p * total
         # The token that crosses top_p is the last one kept.
         within = masses.mul_(values >= least).cumsum_(-1)
         crossing = torch.searchsorted(within, wanted)
         found = crossing < values.shape[1]
         crossed = values.gather(1, crossing.clamp_(max=values.shape[1] - 1))
-        crossed.masked_fill_(~found | (top_p == 1), float("-inf"))
+        crossed.masked_fill_(~found | (cuts.top_p == 1), float("-inf"))
         least = torch.maximum(least, crossed)
         # A crossing is the true one when no likelier token was kept back.
-        sure = (crossed >= unseen) | (top_p == 1)
+        sure = (crossed >= unseen) | (cuts.top_p == 1)
         if not self.looks:
             return torch.where(sure, least, self._search(logits, mass, wanted))
         unsure = (~sure).squeeze(1).nonzero().squeeze(1)
@@ -145,13 +178,10 @@ class Truncation:
         return least.nan_to_num_(nan=torch.finfo(torch.float32).min)
 
 
-def _min_p(largest: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def _min_p(largest: Tensor, cuts: Cuts) -> Tensor:
     """The least logit of a token with p >= min_p · p_max: float32 [num_rows, 1]"""
-    wide = largest.double()
-    settings = to_device([(s.min_p, s.temperature) for s in samplings], wide.device, wide.dtype)
-    ratio, temperature = settings.split(1, dim=1)
     # p is proportional to exp(logit / temperature).
-    exact = wide + temperature * ratio.log()
+    exact = largest.double() + cuts.temperature * cuts.min_p.log()
     # Rounded up, so that no float32 comes between.
     bound = exact.float()
     higher = torch.nextafter(bound, torch.full_like(bound, float("inf")))

@@ -43,6 +43,8 @@ class GraphSizes:
     """Steps that only decode."""
     prefill: tuple[StepSize, ...] = ()
     """Those with prompts in them."""
+    draws: int = 0
+    """Rows of the largest graph that draws tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class VocabParallelLMHead:
             stop - start for start, stop in (ranges["vocab"] for ranges in tensors.layout.ranks)
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, hidden] -> float32 [num_rows, vocabulary of this rank]"""
-        return self.weight.multiply(x).float()
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[num_rows, hidden] -> float32 [num_rows, vocabulary of this rank], which is `out` if given"""
+        logits = self.weight.multiply(x)
+        return logits.float() if out is None else out.copy_(logits)

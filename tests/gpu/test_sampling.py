@@ -11,9 +11,11 @@ import torch
 
 from client.grpc_client import array
 from shard_worker.communicator.single import SingleCommunicator
+from shard_worker.draw_graphs import DrawGraphs
+from shard_worker.memory_meter import MemoryMeter
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
-from shard_worker.sharding import TensorParallel
+from shard_worker.tensor_parallel import TensorParallel
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster
 
@@ -29,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "seed": 7, "frequency_penalty": 0.7, "logit_bias": {5: 2.0, 9: -50.0}},
     {"temperature": 0, "logprobs": 3, "prompt_logprobs": 2},
 ]
+# Those that are drawn by a graph, if all of a step are such.
+GRAPHED = slice(0, 5)
 PROMPT = list(range(30, 90))
 
 
@@ -37,15 +41,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.build("smollm2", tmp_path_factory.mktemp("smollm2"))
 
 
-def answers(running: RunningCluster) -> list[list[int]]:
-    """All settings at once, as one batch."""
+def answers(running: RunningCluster, which: slice = slice(None)) -> list[list[int]]:
+    """The settings at once, as one batch."""
 
     def ask(settings: dict[str, Any]) -> list[int]:
         pieces = running.client.generate(PROMPT, max_tokens=24, timeout_s=120, **settings)
         return [token for piece in pieces for token in piece.token_ids]
 
     with ThreadPoolExecutor(len(SETTINGS)) as threads:
-        return list(threads.map(ask, SETTINGS))
+        return list(threads.map(ask, SETTINGS[which]))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,34 @@ def test_every_way_of_sampling(
     with cluster(gpu_pools[True], folder, 1, "--run-ahead", str(run_ahead)) as running:
         for settings, expected, tokens in zip(SETTINGS, wanted, answers(running), strict=True):
             assert tokens == expected, settings
+        assert answers(running, GRAPHED) == wanted[GRAPHED]
+
+
+def test_draws_of_a_graph_are_those_without() -> None:
+    device = torch.device("cuda:0")
+    vocab_size = 50_000
+    limits = [(0, 1.0, 0.0), (20, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1), (64, 0.9, 0.01)]
+    draws = [
+        Draw(Sampling(temperature, top_k, top_p, seed=index, min_p=min_p), index)
+        for index, (top_k, top_p, min_p) in enumerate(limits)
+        for temperature in (0.2, 0.0, 1.5)
+    ]
+    sampler = Sampler(TensorParallel(0, 1, SingleCommunicator()), (vocab_size,), 0, device)
+    buffer = torch.zeros(256, vocab_size, device=device)
+    last_tokens = torch.zeros(300, dtype=torch.int64, device=device)
+    meter = MemoryMeter(device)
+    graphs = DrawGraphs(sampler, buffer, last_tokens, side=torch.cuda.Stream(device), meter=meter)
+    for chosen in (draws, draws[:1], [d for d in draws if d.sampling.top_p == 1][:3], draws[3:9]):
+        for scale in (0.5, 8.0):
+            logits = scale * torch.randn(len(chosen), vocab_size, device=device)
+            expected = sampler(logits.clone(), chosen)
+            buffer[: len(chosen)] = logits
+            rows = list(range(7, 7 + len(chosen)))
+            last_tokens[rows] = sampler.greedy(logits)  # as a step leaves them
+            assert graphs.fit(chosen)
+            tokens = graphs.run(chosen, rows, None)
+            assert tokens.tolist() == expected.tolist()
+            assert last_tokens[rows].tolist() == expected.tolist()
 
 
 def test_draws_are_queued_and_those_of_a_cpu() -> None:

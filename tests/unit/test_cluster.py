@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 from colrow.memory import MemoryLedger, MemoryUse
 from coordinator.block_manager import BlockManager
 from coordinator.cluster import MAX_REFUSALS, Cluster, ModelFolder, State
-from coordinator.config import parse
+from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS, parse
 from coordinator.engine import Engine
 from coordinator.families import model_spec
 from coordinator.memory_plan import StepLimits, workspace_bytes
@@ -53,6 +54,26 @@ def cluster() -> Cluster:
     made.engine_or_none = Engine(steps, made.scheduler, ModelLimits(32, 64, (), 128), None)
     made.state = State.SERVING
     return made
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ((), "cpu", DEFAULT_CPU_BATCHED_TOKENS),
+        ((), "cuda:0", DEFAULT_GPU_BATCHED_TOKENS),
+        (("--max-running", "2000"), "cpu", 2000),
+        (("--max-batched-tokens", "77"), "cuda:0", 77),
+    ],
+)
+def test_steps_are_as_long_as_suits_the_device(
+    cluster: Cluster, flags: tuple[str, ...], device: str, expected: int
+) -> None:
+    cluster.config = parse(["--model", "m", "--workers", "a:1", *flags])
+    worker: Any = SimpleNamespace(address="a:1")
+    cluster.group = ShardGroup([worker], step_timeout_s=1)
+    described: Any = SimpleNamespace(is_gpu=device != "cpu")
+    cluster.group.statuses[0].description = described
+    assert cluster.max_batched_tokens == expected
 
 
 async def test_a_drain_waits_for_calls_that_have_not_asked_the_engine_yet(
@@ -204,7 +225,7 @@ async def serve_on(gpu: Gpu, *flags: str) -> None:
 
 BLOCK_BYTES = 16 * 2 * 2 * 4 * 4  # keys and values of two heads of four float32
 PLAN = make_plan(model_spec(CONFIG), 1)
-LIMITS = StepLimits(tokens=1024, sequences=256, context=64)
+LIMITS = StepLimits(tokens=DEFAULT_GPU_BATCHED_TOKENS, sequences=256, context=64)
 BESIDE = workspace_bytes(PLAN, 0, LIMITS)
 
 

@@ -59,7 +59,9 @@ def test_a_ledger_says_what_is_known_and_no_more() -> None:
 
 
 def test_the_coordinator_tells_on_what_the_worker_told() -> None:
-    sizes = GraphSizes(decode=(StepSize(1, 1), StepSize(2, 2)), prefill=(StepSize(512, 256),))
+    sizes = GraphSizes(
+        decode=(StepSize(1, 1), StepSize(2, 2)), prefill=(StepSize(512, 256),), draws=64
+    )
     worker = replace(Executor(parse([])).describe(), memory=LEDGER, graph_sizes=sizes)
     told = convert.description(worker)
     assert not told.memory.workspace.HasField("actual_bytes"), "unknown is not zero"

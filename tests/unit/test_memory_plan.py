@@ -41,6 +41,7 @@ LLAMA_70B = LLAMA_8B | {
 GRAPHS = GraphSizes(
     decode=(StepSize(1, 1), StepSize(2, 2), StepSize(4, 4)),
     prefill=(StepSize(16, 4), StepSize(64, 4)),
+    draws=2,
 )
 LIMITS = StepLimits(tokens=1024, sequences=256, context=8192)
 SETTINGS = MemorySettings(
@@ -92,33 +93,37 @@ def test_a_step_takes_what_its_layers_or_its_logits_take() -> None:
     assert workspace_bytes(plan, 0, long) == layer_bytes(plan, 0, 8192) + gathered + 2 * LIBRARIES
     wide = StepLimits(tokens=256, sequences=256, context=64)
     assert workspace_bytes(plan, 0, wide) == (
-        logits_bytes(plan, 0, StepSize(256, 256)) + 256 * 64128 * 24 + 2 * LIBRARIES
+        logits_bytes(plan, 0, StepSize(256, 256)) + 256 * 64128 * 53 + 2 * LIBRARIES
     )
 
 
-def test_graphs_keep_their_logits_and_share_the_rest() -> None:
+def test_graphs_share_their_logits_and_the_rest() -> None:
     plan = make_plan(model_spec(LLAMA_8B), 2)
-    rows = (1 + 2 + 4) + (4 + 4)
-    shared = max(layer_bytes(plan, 0, 64), logits_bytes(plan, 0, StepSize(64, 4)))
-    assert graph_bytes(plan, 0, LIMITS, GRAPHS) == rows * 64128 * 4 + shared + LIBRARIES + SEGMENTS
+    shared = max(layer_bytes(plan, 0, 64), logits_bytes(plan, 0, StepSize(64, 4)), 2 * 64128 * 53)
+    assert graph_bytes(plan, 0, LIMITS, GRAPHS) == 4 * 64128 * 4 + shared + LIBRARIES + SEGMENTS
     assert graph_bytes(plan, 0, LIMITS, GraphSizes()) == 0
 
 
 @pytest.mark.parametrize(
-    ("limits", "rows"),
+    ("limits", "largest", "draws"),
     [
-        (StepLimits(tokens=16, sequences=1, context=64), 1 + 4),
-        (StepLimits(tokens=17, sequences=2, context=64), 1 + 2 + 4 + 4),
-        (StepLimits(tokens=16, sequences=3, context=64), 1 + 2 + 4 + 4),
+        (StepLimits(tokens=16, sequences=1, context=64), 16, 1),
+        (StepLimits(tokens=17, sequences=2, context=64), 64, 2),
+        (StepLimits(tokens=16, sequences=3, context=64), 16, 2),
     ],
 )
-def test_only_graphs_count_that_a_step_can_need(limits: StepLimits, rows: int) -> None:
+def test_only_graphs_count_that_a_step_can_need(
+    limits: StepLimits, largest: int, draws: int
+) -> None:
     """It takes the next larger one."""
     plan = make_plan(model_spec(SMOLLM2), 1)
-    kept = rows * 49152 * 4
-    largest = 64 if limits.tokens > 16 else 16
-    shared = max(layer_bytes(plan, 0, largest), logits_bytes(plan, 0, StepSize(largest, 4)))
-    assert graph_bytes(plan, 0, limits, GRAPHS) == kept + shared + LIBRARIES + SEGMENTS
+    shared = max(
+        layer_bytes(plan, 0, largest),
+        logits_bytes(plan, 0, StepSize(largest, 4)),
+        draws * 49152 * 53,
+    )
+    expected = 4 * 49152 * 4 + shared + LIBRARIES + SEGMENTS
+    assert graph_bytes(plan, 0, limits, GRAPHS) == expected
 
 
 @given(spec=specs(), data=st.data())

@@ -182,7 +182,7 @@ def test_tokens_are_those_of_transformers_however_the_vocabulary_is_split(
         expected_token(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truncation, "_CANDIDATES", candidates)
+        patch.setattr(truncation, "CANDIDATES", candidates)
         assert sample(logits, rows, sizes, looks) == expected
 
 
@@ -371,7 +371,7 @@ def test_top_p_keeps_the_token_that_crosses_it_and_always_one() -> None:
 def test_a_top_p_that_rounding_keeps_out_of_reach_keeps_all(
     candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(truncation, "_CANDIDATES", candidates)
+    monkeypatch.setattr(truncation, "CANDIDATES", candidates)
     logits = random_logits(200, 50, scale=0.1)
     for top_p in (1 - 2**-53, 1 - 2**-50, 1 - 2**-24):
         rows = [Row(sampling(top_p=top_p, seed=seed)) for seed in range(200)]
@@ -394,7 +394,7 @@ def test_a_rank_that_holds_most_of_the_likely_tokens_keeps_none_back(
     candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other rank's best token would complete the top-p too, but is less likely than theirs."""
-    monkeypatch.setattr(truncation, "_CANDIDATES", candidates)
+    monkeypatch.setattr(truncation, "CANDIDATES", candidates)
     logits = torch.tensor([3.0, 2.9, 2.8, 2.0, -9.0, -9.0])
     assert drawn_of(logits, sampling(top_p=0.5)) == {0, 1}
     assert drawn_of(logits, sampling(top_p=0.7), 120) == {0, 1, 2}
@@ -449,7 +449,7 @@ def test_logits_that_say_nothing_still_give_a_token(
     value: float, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that overflowed must not take the ranks down, or apart."""
-    monkeypatch.setattr(truncation, "_CANDIDATES", candidates)
+    monkeypatch.setattr(truncation, "CANDIDATES", candidates)
     rows = [Row(sampling(seed=seed, top_p=0.9, repetition_penalty=1.2)) for seed in range(20)]
     tokens = sample(torch.full((20, 12), value), rows, (5, 7))
     assert all(0 <= token < 12 for token in tokens)
@@ -462,7 +462,7 @@ def test_a_draw_at_the_edge_is_a_token_that_is_possible(
     uniform: float, token: int, sizes: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 is never drawn, but is what rounding may make of a draw beside it."""
-    monkeypatch.setattr("shard_worker.sampler._uniform", lambda draw: uniform)
+    monkeypatch.setattr("shard_worker.sampler.uniform", lambda draw: uniform)
     logits = torch.full((1, 8), -INF)
     logits[0, 2:6] = torch.tensor([0.1, 0.2, 0.3, -30.0])
     assert sample(logits, [Row(sampling())], sizes) == [token]
