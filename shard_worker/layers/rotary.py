@@ -51,7 +51,7 @@ def _llama3(inverse: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 class RotaryEmbedding:
-    """Turns positions into rotations; `rotate` applies them to heads."""
+    """Turns positions into rotations, which `Attention` applies to its queries and keys."""
 
     def __init__(
         self, config: Mapping[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device
