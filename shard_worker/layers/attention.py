@@ -41,8 +41,7 @@ class Attention:
         if batch.kv_cache is None:
             return self._attend(*self._rotated(heads, rotation), 0).flatten(1)
         cache = batch.kv_cache.layers[self.layer]
-        q, k, v = self._rotated(heads, rotation)
-        cache.write(batch.slot_mapping, k, v)
+        q, k, v = self._cached(heads, rotation, cache, batch.slot_mapping)
         if batch.packed is not None:
             return kernels.attention.packed_attention(
                 q, cache.keys, cache.values, batch.packed, scale=self.scale, window=self.window
@@ -74,6 +73,23 @@ class Attention:
         # q and k lie side by side: one rotation for both.
         q_and_k, v = heads.split((self.num_q_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = rotate(q_and_k, rotation).split((self.num_q_heads, self.num_kv_heads), dim=1)
+        return q, k, v
+
+    def _cached(
+        self,
+        heads: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: LayerCache,
+        slot_mapping: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, rotated; k and v are in the cache then, on a GPU in the same launch"""
+        if heads.is_cuda and rotation is not None:
+            kernels.rotary.rotate_and_write_(
+                heads, *rotation, cache.keys, cache.values, slot_mapping
+            )
+            return self.split(heads)
+        q, k, v = self._rotated(heads, rotation)
+        cache.write(slot_mapping, k, v)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_computed: int) -> Tensor:

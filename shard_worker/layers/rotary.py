@@ -75,7 +75,8 @@ class RotaryEmbedding:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """[num_tokens, heads, head_dim] -> the same, each head's pairs (i, i + head_dim / 2) rotated
 
-    On a GPU in place.
+    On a GPU in place. There it serves attention without a KV cache: what is cached is rotated by the
+    kernel that writes it.
     """
     cos, signed_sin = rotation
     if x.is_cuda:

@@ -82,6 +82,41 @@ def test_rotate_turns_heads_in_place(heads: int, head_dim: int, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"),
+    [(32, 8, 128), (9, 3, 64), (6, 1, 96), (5, 5, 80), (3, 1, 12), (1, 1, 2)],
+)
+def test_rotate_and_write_turns_q_and_k_in_place_and_stores_k_and_v_at_slots(
+    q_heads: int, kv_heads: int, head_dim: int, slot_type: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Each token's heads lie among others. One token has no slot: it is rotated and not stored."""
+    num_heads = q_heads + 2 * kv_heads
+    whole = normal(4, num_heads + 3, head_dim, dtype=dtype)
+    before = whole.clone()
+    cos, signed_sin = rotation(4, head_dim, dtype)
+    keys = torch.full((5, 4, kv_heads, head_dim), 7.0, device=DEVICE, dtype=dtype)
+    values = keys.clone()
+    slots = torch.tensor([17, -1, 0, 6], device=DEVICE, dtype=slot_type)
+    kernels.rotary.rotate_and_write_(
+        whole[:, 2 : num_heads + 2], cos, signed_sin, keys, values, slots
+    )
+    first_key, first_value, end = 2 + q_heads, 2 + q_heads + kv_heads, 2 + num_heads
+    turned = whole[:, 2:first_value]
+    assert error(turned, rotated(before[:, 2:first_value], cos, signed_sin)) < TOLERANCE[dtype]
+    expected = before.clone()
+    expected[:, 2:first_value] = turned
+    assert torch.equal(whole, expected), "nothing else changes"
+    expected_keys, expected_values = torch.full_like(keys, 7.0), torch.full_like(values, 7.0)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected_keys.flatten(0, 1)[slot] = whole[token, first_key:first_value]
+            expected_values.flatten(0, 1)[slot] = before[token, first_value:end]
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
 def test_write_kv_stores_at_slots_and_leaves_out_negative_ones(
     slot_type: torch.dtype, dtype: torch.dtype
 ) -> None:
