@@ -14,6 +14,8 @@ def _add_rms_norm(
     out_ptr,
     width,
     x_stride,
+    out_stride,
+    head_stride,
     eps,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -21,7 +23,9 @@ def _add_rms_norm(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    # A row is one, or has heads, which are normalised each by itself.
+    within = tl.program_id(1) * head_stride + columns
+    x = tl.load(x_ptr + row * x_stride + within, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         residual = tl.load(residual_ptr + row * width + columns, mask=inside, other=0.0)
         # Rounded as the stored sum is, so that who normalises that gets the same.
@@ -30,7 +34,7 @@ def _add_rms_norm(
         x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + columns, x * scale * weight, mask=inside)
+    tl.store(out_ptr + row * out_stride + within, x * scale * weight, mask=inside)
 
 
 def _num_warps(block: int) -> int:
@@ -45,22 +49,35 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     out = torch.empty_like(x)
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    _add_rms_norm[(rows,)](
-        x, residual, weight, out, width, width, eps, True, block, num_warps=_num_warps(block)
-    )
+    _add_rms_norm[(rows, 1)](
+        x, residual, weight, out, width, width, width, 0, eps, True, block,
+        num_warps=_num_warps(block),
+    )  # fmt: skip
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., features] -> the same shape, normalised over the last dimension, which is contiguous"""
     width = x.shape[-1]
-    if x.dim() == 3 and x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()  # heads that lie beside others: rows of unequal distance
     flat = x.reshape(-1, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    _add_rms_norm[(flat.shape[0],)](
-        flat, flat, weight, out, width, flat.stride(0), eps, False, block,
+    _add_rms_norm[(flat.shape[0], 1)](
+        flat, flat, weight, out, width, flat.stride(0), width, 0, eps, False, block,
         num_warps=_num_warps(block),
     )  # fmt: skip
     return out
+
+
+def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[num_tokens, heads, head_dim] -> x itself, each head normalised, IN PLACE
+
+    A token's heads may lie among others; each head is contiguous.
+    """
+    num_tokens, num_heads, head_dim = x.shape
+    block = triton.next_power_of_2(head_dim)
+    _add_rms_norm[(num_tokens, num_heads)](
+        x, x, weight, x, head_dim, x.stride(0), x.stride(0), x.stride(1), eps, False, block,
+        num_warps=_num_warps(block),
+    )  # fmt: skip
+    return x

@@ -7,6 +7,7 @@ from torch import Tensor
 from shard_worker import kernels
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import LayerCache
+from shard_worker.layers.rotary import rotate
 
 
 class Attention:
@@ -30,13 +31,17 @@ class Attention:
         self.window = window
         self.scale = head_dim**-0.5
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
-        """q [num_tokens, q_heads, head_dim], k and v [num_tokens, kv_heads, head_dim]
-        -> [num_tokens, q_heads · head_dim]"""
+    def __call__(
+        self, heads: Tensor, batch: ForwardBatch, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """[num_tokens, q and k and v heads, head_dim] -> [num_tokens, q_heads · head_dim]
+
+        q and k are turned by `rotation` first, on a GPU IN PLACE.
+        """
         if batch.kv_cache is None:
-            return self._attend(q, k, v, 0).flatten(1)
+            return self._attend(*self._rotated(heads, rotation), 0).flatten(1)
         cache = batch.kv_cache.layers[self.layer]
-        cache.write(batch.slot_mapping, k, v)
+        q, k, v = self._cached(heads, rotation, cache, batch.slot_mapping)
         if batch.packed is not None:
             return kernels.attention.packed_attention(
                 q, cache.keys, cache.values, batch.packed, scale=self.scale, window=self.window
@@ -53,6 +58,39 @@ class Attention:
         if batch.decode is not None:
             out[batch.decode.start :] = self._decode(q[batch.decode.start :], cache, batch)
         return out.flatten(1)
+
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, views of [num_tokens, their heads, head_dim] each"""
+        q, k, v = heads.split((self.num_q_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return q, k, v
+
+    def _rotated(
+        self, heads: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, rotated"""
+        if rotation is None:
+            return self.split(heads)
+        # q and k lie side by side: one rotation for both.
+        q_and_k, v = heads.split((self.num_q_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = rotate(q_and_k, rotation).split((self.num_q_heads, self.num_kv_heads), dim=1)
+        return q, k, v
+
+    def _cached(
+        self,
+        heads: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: LayerCache,
+        slot_mapping: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, rotated; k and v are in the cache then, on a GPU in the same launch"""
+        if heads.is_cuda and rotation is not None:
+            kernels.rotary.rotate_and_write_(
+                heads, *rotation, cache.keys, cache.values, slot_mapping
+            )
+            return self.split(heads)
+        q, k, v = self._rotated(heads, rotation)
+        cache.write(slot_mapping, k, v)
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_computed: int) -> Tensor:
         """One sequence: q [n, q_heads, d] at positions from `num_computed` on, k and v from 0 on.

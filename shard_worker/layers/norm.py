@@ -20,6 +20,12 @@ class RMSNorm:
             return kernels.norm.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def heads_(self, x: Tensor) -> Tensor:
+        """[num_tokens, heads, head_dim] -> x itself, each head normalised, IN PLACE"""
+        if x.is_cuda:
+            return kernels.norm.rms_norm_heads_(x, self.weight, self.eps)
+        return x.copy_(self(x))
+
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual += x, IN PLACE -> the sum, normalised: [num_tokens, features]"""
         if x.is_cuda:

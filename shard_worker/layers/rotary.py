@@ -51,7 +51,7 @@ def _llama3(inverse: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 class RotaryEmbedding:
-    """Turns positions into rotations; `rotate` applies them to heads."""
+    """Turns positions into rotations, which `Attention` applies to its queries and keys."""
 
     def __init__(
         self, config: Mapping[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device
@@ -75,7 +75,8 @@ class RotaryEmbedding:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """[num_tokens, heads, head_dim] -> the same, each head's pairs (i, i + head_dim / 2) rotated
 
-    On a GPU in place.
+    On a GPU in place. There it serves attention without a KV cache: what is cached is rotated by the
+    kernel that writes it.
     """
     cos, signed_sin = rotation
     if x.is_cuda:

@@ -34,9 +34,8 @@ class GPT2Attention(RowParallelBlock):
 
     def partial(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden] -> this rank's heads' term of [num_tokens, hidden]"""
-        heads = self.c_attn(x).unflatten(-1, (3, -1, self.attention.head_dim))
-        q, k, v = heads.unbind(1)
-        return self.c_proj.partial(self.attention(q, k, v, batch))
+        heads = self.c_attn(x).unflatten(-1, (-1, self.attention.head_dim))
+        return self.c_proj.partial(self.attention(heads, batch))
 
 
 class GPT2MLP(RowParallelBlock):

@@ -11,7 +11,7 @@ from shard_worker.layers.attention import Attention
 from shard_worker.layers.embedding import VocabParallelEmbedding, VocabParallelLMHead
 from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear
 from shard_worker.layers.norm import RMSNorm
-from shard_worker.layers.rotary import RotaryEmbedding, rotate
+from shard_worker.layers.rotary import RotaryEmbedding
 from shard_worker.sharding import ShardTensors
 
 
@@ -36,19 +36,13 @@ class LlamaAttention(RowParallelBlock):
         self.qkv_proj = ColumnParallelLinear(tensors, prefix, ("q_proj", "k_proj", "v_proj"))
         self.o_proj = self.last = RowParallelLinear(tensors, prefix, "o_proj")
 
-    def positioned(self, heads: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """[num_tokens, q and k and v heads, head_dim] -> q and k, rotated to their positions"""
-        sizes = (self.attention.num_q_heads, self.attention.num_kv_heads)
-        # q and k lie side by side: one rotation for both.
-        q, k = rotate(heads[:, : sum(sizes)], self.rotary(batch)).split(sizes, dim=1)
-        return q, k
+    def heads(self, x: Tensor) -> Tensor:
+        """[num_tokens, hidden] -> [num_tokens, q and k and v heads, head_dim], not rotated yet"""
+        return self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_dim))
 
     def partial(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden] -> this rank's heads' term of [num_tokens, hidden]"""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_dim))
-        q, k = self.positioned(heads, batch)
-        v = heads[:, -self.attention.num_kv_heads :]
-        return self.o_proj.partial(self.attention(q, k, v, batch))
+        return self.o_proj.partial(self.attention(self.heads(x), batch, self.rotary(batch)))
 
 
 class LlamaMLP(RowParallelBlock):

@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.attention import Attention
 from shard_worker.layers.norm import RMSNorm
-from shard_worker.layers.rotary import RotaryEmbedding, rotate
+from shard_worker.layers.rotary import RotaryEmbedding
 from shard_worker.models.llama import Llama, LlamaAttention, LlamaLayer, rms_norm_eps
 from shard_worker.sharding import ShardTensors
 
@@ -28,11 +27,12 @@ class Qwen3Attention(LlamaAttention):
         self.q_norm = RMSNorm(tensors, f"{prefix}.q_norm", rms_norm_eps(config))
         self.k_norm = RMSNorm(tensors, f"{prefix}.k_norm", rms_norm_eps(config))
 
-    def positioned(self, heads: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        sizes = (self.attention.num_q_heads, self.attention.num_kv_heads)
-        q, k = heads[:, : sum(sizes)].split(sizes, dim=1)
-        rotation = self.rotary(batch)
-        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+    def heads(self, x: Tensor) -> Tensor:
+        heads = super().heads(x)
+        q, k, _ = self.attention.split(heads)
+        self.q_norm.heads_(q)
+        self.k_norm.heads_(k)
+        return heads
 
 
 class Qwen3Layer(LlamaLayer):

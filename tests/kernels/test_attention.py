@@ -8,6 +8,7 @@ import torch
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan, PrefillSpan
 from shard_worker.kv_cache import KvCache
 from shard_worker.layers.attention import Attention
+from shard_worker.layers.rotary import RotaryEmbedding, rotate
 from tests.kernels.numbers import (
     DEVICE,
     DTYPES,
@@ -67,14 +68,18 @@ def test_a_batch_of_chunks_and_decodes(
     layer = cache.layers[0]
     tables = torch.randperm(num_blocks * len(lengths), device=DEVICE).view(-1, num_blocks)
     slots = (tables[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=DEVICE)).flatten(1)
-    contexts = [
-        normal(s + n, 2, kv_heads, head_dim, dtype=dtype)
-        for s, n in zip(starts, lengths, strict=True)
-    ]
-    for row, (start, context) in enumerate(zip(starts, contexts, strict=True)):
-        layer.write(slots[row, :start], context[:start, 0], context[:start, 1])
-    q = normal(sum(lengths), q_heads, head_dim, dtype=dtype)
-    new = torch.cat([context[start:] for start, context in zip(starts, contexts, strict=True)])
+    rotary = RotaryEmbedding({}, head_dim, dtype, DEVICE)
+    contexts = []  # queries, keys and values of each sequence: as projected, and as attended to
+    for start, length, row in zip(starts, lengths, slots, strict=True):
+        heads = normal(start + length, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
+        ids = torch.arange(start + length, device=DEVICE)
+        rotation = rotary(ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids))
+        q_and_k = rotate(heads[:, :-kv_heads].clone(), rotation)
+        turned = torch.cat((q_and_k, heads[:, -kv_heads:]), dim=1)
+        _, k, v = turned.split((q_heads, kv_heads, kv_heads), dim=1)
+        layer.write(row[:start], k[:start], v[:start])
+        contexts.append((heads, turned))
+    new = torch.cat([heads[s:] for s, (heads, _) in zip(starts, contexts, strict=True)])
     places = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
     batch = ForwardBatch(
         token_ids=torch.zeros(sum(lengths), dtype=torch.int64, device=DEVICE),
@@ -114,11 +119,10 @@ def test_a_batch_of_chunks_and_decodes(
     attention = Attention(
         layer=0, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, window=window
     )
-    out = attention(q, new[:, 0], new[:, 1], batch).unflatten(1, (q_heads, head_dim))
-    for row, (start, context) in enumerate(zip(starts, contexts, strict=True)):
+    out = attention(new, batch, rotary(batch)).unflatten(1, (q_heads, head_dim))
+    for row, (start, (_, turned)) in enumerate(zip(starts, contexts, strict=True)):
+        q, k, v = attention.split(turned)
         for token in range(lengths[row]):
-            seen = context[: start + token + 1]
-            expected = attend(
-                q[places[row] + token], seen[:, 0], seen[:, 1], window, head_dim**-0.5
-            )
+            at = start + token
+            expected = attend(q[at], k[: at + 1], v[: at + 1], window, head_dim**-0.5)
             assert error(out[places[row] + token], expected) < 2 * TOLERANCE[dtype], (row, token)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from shard_worker import kernels
 from tests.kernels.numbers import DEVICE, DTYPES, TOLERANCE, attend, error, large, normal
@@ -21,11 +22,16 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_of_heads_that_lie_among_others(dtype: torch.dtype) -> None:
-    heads, weight = normal(5, 12, 64, dtype=dtype), normal(64, dtype=dtype)
-    x = heads[:, 2:9]
-    expected = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
-    assert error(kernels.norm.rms_norm(x, weight, 1e-5), expected) < TOLERANCE[dtype]
+@pytest.mark.parametrize("head_dim", [128, 64, 12])
+def test_rms_norm_heads_normalises_each_in_place(head_dim: int, dtype: torch.dtype) -> None:
+    whole, weight = normal(5, 12, head_dim, dtype=dtype), normal(head_dim, dtype=dtype)
+    before = whole.clone()
+    x = whole[:, 2:9]
+    assert kernels.norm.rms_norm_heads_(x, weight, 1e-5) is x
+    expected = F.rms_norm(before[:, 2:9].double(), weight.shape, weight.double(), 1e-5)
+    assert error(x, expected) < TOLERANCE[dtype]
+    assert torch.equal(whole[:, :2], before[:, :2])
+    assert torch.equal(whole[:, 9:], before[:, 9:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,29 +54,65 @@ def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
     assert error(kernels.activation.silu_mul(gate_up), F.silu(gate) * up) < TOLERANCE[dtype]
 
 
+def rotation(num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """By any angles, as `RotaryEmbedding` gives it."""
+    angles = torch.rand(num_tokens, 1, head_dim // 2, device=DEVICE) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """In float64."""
+    first, second = x.double().chunk(2, -1)
+    return x.double() * cos.double() + torch.cat((second, first), -1) * signed_sin.double()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(40, 128), (12, 64), (5, 12), (3, 8), (1, 2)])
 def test_rotate_turns_heads_in_place(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     whole = normal(6, heads + 3, head_dim, dtype=dtype)
     before = whole.clone()
-    angles = torch.rand(6, head_dim // 2, device=DEVICE) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    rotation = (
-        torch.cat((cos, cos), -1).unsqueeze(1),
-        torch.cat((-sin, sin), -1).unsqueeze(1),
-    )
+    cos, signed_sin = rotation(6, head_dim, dtype)
     x = whole[:, :heads]
-    assert kernels.rotary.rotate_(x, *rotation) is x
-    first, second = before[:, :heads].double().chunk(2, -1)
-    expected = torch.cat(
-        (
-            first * cos.double()[:, None] - second * sin.double()[:, None],
-            second * cos.double()[:, None] + first * sin.double()[:, None],
-        ),
-        -1,
-    )
+    assert kernels.rotary.rotate_(x, cos, signed_sin) is x
+    expected = rotated(before[:, :heads], cos, signed_sin)
     assert error(x, expected) < TOLERANCE[dtype]
     assert torch.equal(whole[:, heads:], before[:, heads:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"),
+    [(32, 8, 128), (9, 3, 64), (6, 1, 96), (5, 5, 80), (3, 1, 12), (1, 1, 2)],
+)
+def test_rotate_and_write_turns_q_and_k_in_place_and_stores_k_and_v_at_slots(
+    q_heads: int, kv_heads: int, head_dim: int, slot_type: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Each token's heads lie among others. One token has no slot: it is rotated and not stored."""
+    num_heads = q_heads + 2 * kv_heads
+    whole = normal(4, num_heads + 3, head_dim, dtype=dtype)
+    before = whole.clone()
+    cos, signed_sin = rotation(4, head_dim, dtype)
+    keys = torch.full((5, 4, kv_heads, head_dim), 7.0, device=DEVICE, dtype=dtype)
+    values = keys.clone()
+    slots = torch.tensor([17, -1, 0, 6], device=DEVICE, dtype=slot_type)
+    kernels.rotary.rotate_and_write_(
+        whole[:, 2 : num_heads + 2], cos, signed_sin, keys, values, slots
+    )
+    first_key, first_value, end = 2 + q_heads, 2 + q_heads + kv_heads, 2 + num_heads
+    turned = whole[:, 2:first_value]
+    assert error(turned, rotated(before[:, 2:first_value], cos, signed_sin)) < TOLERANCE[dtype]
+    expected = before.clone()
+    expected[:, 2:first_value] = turned
+    assert torch.equal(whole, expected), "nothing else changes"
+    expected_keys, expected_values = torch.full_like(keys, 7.0), torch.full_like(values, 7.0)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected_keys.flatten(0, 1)[slot] = whole[token, first_key:first_value]
+            expected_values.flatten(0, 1)[slot] = before[token, first_value:end]
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -137,11 +137,8 @@ def compute(attention: Attention, cache: KvCache, chunks: Sequence[Chunk]) -> li
         kv_cache=cache,
     )
 
-    def rows(name: str) -> Tensor:
-        """The batch's q, k or v."""
-        return torch.cat([chunk.of(name) for chunk in ordered])
-
-    out = attention(rows("q"), rows("k"), rows("v"), batch)
+    heads = [torch.cat([chunk.of(name) for name in "qkv"], dim=1) for chunk in ordered]
+    out = attention(torch.cat(heads), batch)
     pieces = dict(zip(map(id, ordered), out.split([c.num_tokens for c in ordered]), strict=True))
     return [pieces[id(chunk)] for chunk in chunks]
 
@@ -236,9 +233,41 @@ def test_attention_without_a_cache_is_that_of_one_sequence(
     q, k, v = torch.randn(9, 6, 8), torch.randn(9, kv_heads, 8), torch.randn(9, kv_heads, 8)
     attention = Attention(layer=0, num_q_heads=6, num_kv_heads=kv_heads, head_dim=8, window=window)
     ids = torch.arange(9)
-    out = attention(q, k, v, ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids))
+    batch = ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids)
+    out = attention(torch.cat((q, k, v), dim=1), batch)
     expected = dense_attention(q, k, v, window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_attention_rotates_queries_and_keys_and_caches_what_it_attends_to(is_cached: bool) -> None:
+    q, k, v = torch.randn(9, 6, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    cache = KvCache.allocate(
+        num_layers=1,
+        num_blocks=3,
+        block_size=4,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    ids, blocks = torch.arange(9), torch.tensor([2, 0, 1])
+    batch = ForwardBatch(
+        token_ids=ids,
+        positions=ids,
+        slot_mapping=blocks[ids // 4] * 4 + ids % 4,
+        prefills=(PrefillSpan(0, 9, 0, blocks),),
+        kv_cache=cache if is_cached else None,
+    )
+    rotation = RotaryEmbedding({}, 8, torch.float32, CPU)(batch)
+    attention = Attention(layer=0, num_q_heads=6, num_kv_heads=2, head_dim=8)
+    out = attention(torch.cat((q, k, v), dim=1), batch, rotation)
+    rotated = rotate(k, rotation)
+    expected = dense_attention(rotate(q, rotation), rotated, v, None)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    keys, values = cache.layers[0].read(blocks)
+    torch.testing.assert_close(keys[:9], rotated if is_cached else torch.zeros_like(rotated))
+    torch.testing.assert_close(values[:9], v if is_cached else torch.zeros_like(v))
 
 
 def test_a_cache_takes_no_memory_before_it_is_written() -> None:
@@ -613,6 +642,20 @@ def test_rms_norm_is_that_of_transformers(
     # In bfloat16 transformers rounds once more, before it multiplies by the weight.
     relative = 2**-6 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(norm(x), theirs(x).detach(), rtol=relative, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_among_others_are_normalised_in_place(dtype: torch.dtype) -> None:
+    parameters: Parameters = {"norm.weight": (torch.randn(16).to(dtype), None, ())}
+    (tensors,) = shards(parameters, {"mlp": [0, 1]}, dtype)
+    norm = RMSNorm(tensors, "norm", 1e-5)
+    fill(tensors, parameters)
+    whole = torch.randn(4, 5, 16).to(dtype)
+    expected = whole.clone()
+    expected[:, 1:4] = norm(whole[:, 1:4])
+    x = whole[:, 1:4]
+    assert norm.heads_(x) is x
+    assert torch.equal(whole, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -77,8 +77,8 @@ class ToyModel:
     def __call__(self, batch: ForwardBatch) -> Tensor:
         self.num_tokens.append(len(batch.token_ids))
         x = self.tokens[batch.token_ids] + self.positions[batch.positions]
-        q, k, v = ((x @ weight).unsqueeze(1) for weight in (self.q, self.k, self.v))
-        return x + 2 * self.attention(q, k, v, batch)
+        heads = torch.stack([x @ weight for weight in (self.q, self.k, self.v)], dim=1)
+        return x + 2 * self.attention(heads, batch)
 
 
 class RecordingSampler(Sampler):
