@@ -11,7 +11,8 @@ from coordinator.shard_plan import make_plan
 from shard_worker import checkpoint, models
 from shard_worker.checkpoint import Checkpoint
 from shard_worker.communicator.single import SingleCommunicator
-from shard_worker.sharding import ShardTensors, TensorParallel
+from shard_worker.sharding import ShardTensors
+from shard_worker.tensor_parallel import TensorParallel
 from tests import checkpoints
 from tests.unit.test_checkpoint import layout_of_plan
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from shard_worker.host import to_device
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
-from shard_worker.sharding import TensorParallel
+from shard_worker.tensor_parallel import TensorParallel
 from tests.unit.thread_ranks import run_ranks
 
 META = torch.device("meta")
