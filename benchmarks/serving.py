@@ -5,9 +5,10 @@
     python -m benchmarks.serving --table
 
 For each it starts a coordinator and its workers with random weights, and measures through gRPC as
-`colrow bench` does: time per token at batches, time to the first token at prompts, output tokens a second
-of many requests at once. Beside it the time from the start to the first token, how long the device waits between
-decode steps (from the workers' counters), and what communication takes (timed steps, on request).
+`colrow bench` does: time per token at batches, time to the first token at prompts, output tokens a
+second of many requests at once. Beside it the time from the start to the first token, how long the
+device waits between decode steps (from the workers' counters), and what communication takes (timed
+steps, on request).
 
 A cluster's figures are one JSON file in --results, and all that are there are tables in its serving.md.
 What fails, or takes longer than --time-limit, is written down as failed, and the next one starts.

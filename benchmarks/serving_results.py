@@ -75,8 +75,12 @@ BASE_TP = {"70b": 2}
 
 
 def file_name(shapes: str, tp_size: int, transport: str, device: str) -> str:
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    return f"{PREFIX}{shapes}_tp{tp_size}_{transport}_{slug}.json"
+    return f"{PREFIX}{shapes}_tp{tp_size}_{transport}_{slug(device)}.json"
+
+
+def slug(device: str) -> str:
+    """A device's name within a file's."""
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
 
 
 def load(folder: Path) -> list[Result]:
