@@ -58,6 +58,7 @@ TP_SIZES = (1, 2, 4, 8)
 RESULTS = Path(__file__).with_name("results")
 TIMED_STEPS = 32
 INPUT_TOKENS = 128
+SETTINGS = ("max_batched_tokens", "max_running", "time_limit")  # that bench's results do not have
 MEMORY_SHARE = 0.9  # the default of --gpu-memory-utilization
 
 
@@ -228,6 +229,7 @@ def measure(setup: Setup, machine: Machine, flags: argparse.Namespace) -> dict[s
         "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "config": setup.config,
+        "settings": {name: getattr(flags, name) for name in SETTINGS},
         "error": None,
         "request_errors": [],
         "figures": {},
@@ -248,6 +250,7 @@ def measure(setup: Setup, machine: Machine, flags: argparse.Namespace) -> dict[s
                 coordinator_args=(
                     *("--load-format", "dummy", "--transport", transport),
                     *("--max-batched-tokens", str(flags.max_batched_tokens)),
+                    *("--max-running", str(flags.max_running)),
                     *("--log-level", "warning"),
                 ),
             )
@@ -347,6 +350,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of each of those requests (512,256)",
     )
     add("--max-batched-tokens", type=int, default=1024, help="tokens in a step (1024)")
+    add("--max-running", type=int, default=256, help="sequences in a step (256)")
     add("--repeats", type=int, default=3, help="of each measurement (3)")
     add("--time-limit", type=float, default=900.0, help="seconds that a cluster may take (900)")
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="(benchmarks/results)")
