@@ -1,6 +1,7 @@
 """benchmarks/serving.py on a CPU: whole clusters, from their start to the tables."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from benchmarks import serving_results as results
 
 @pytest.mark.timeout(120)
 def test_it_measures_whole_clusters_and_goes_on_after_one_that_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path)
+    )  # where a cluster that fails leaves its logs
     tiny = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 72,
