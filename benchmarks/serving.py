@@ -283,21 +283,21 @@ def measure_cluster(local: LocalCluster, flags: argparse.Namespace, result: dict
 
 
 def workloads(flags: argparse.Namespace) -> list[Workload]:
+    """One for each figure, so that those before a failure are kept."""
+    alone = Workload(
+        input_tokens=INPUT_TOKENS, output_tokens=flags.output_tokens, repeats=flags.repeats
+    )
+    offline = Workload(
+        rates=(float("inf"),),
+        requests=flags.requests,
+        input_tokens=flags.offline_tokens[0],
+        output_tokens=flags.offline_tokens[1],
+        repeats=flags.repeats,
+    )
     return [
-        Workload(
-            batches=flags.batch,
-            prompts=flags.prompt,
-            input_tokens=INPUT_TOKENS,
-            output_tokens=flags.output_tokens,
-            repeats=flags.repeats,
-        ),
-        Workload(
-            rates=(float("inf"),),
-            requests=flags.requests,
-            input_tokens=flags.offline_tokens[0],
-            output_tokens=flags.offline_tokens[1],
-            repeats=flags.repeats,
-        ),
+        *(replace(alone, batches=(batch,)) for batch in flags.batch),
+        *(replace(alone, prompts=(prompt,)) for prompt in flags.prompt),
+        offline,
     ]
 
 
@@ -314,7 +314,8 @@ def bench(
     report = run_bench(colrow, model, workload, on_progress)
     data = results.without_requests(report_data(report))
     result["bench"].append(data)
-    result["figures"] |= results.figures_of(data)
+    for kind, values in results.figures_of(data).items():
+        result["figures"].setdefault(kind, {}).update(values)
     for measurement in report.measurements:
         result["request_errors"] += sorted(set(measurement.errors))
 

@@ -53,7 +53,8 @@ def test_it_measures_whole_clusters_and_goes_on_after_one_that_fails(
     assert (sums["operation"], sums["path"], sums["calls"]) == ("all_reduce", "shm", 5)
     assert sums["bytes"] == 5 * 72 * 4
     assert measured["measured_on"]["devices"] == ["cpu", "cpu"]
-    assert "repeats" in measured["bench"][0]["measurements"][0]
+    kinds = [part["measurements"][0]["kind"] for part in measured["bench"]]
+    assert kinds == ["decode", "decode", "prefill", "prefill", "throughput"]
     capsys.readouterr()
     assert serving.main([*where, "--table"]) == 0
     printed = capsys.readouterr().out
