@@ -196,12 +196,13 @@ def all_reduce_table(rows: Sequence[dict[str, Any]], num_columns: int) -> list[s
     )
 
 
-def plot(models: dict[str, list[dict[str, Any]]], file: Path) -> None:
+def plot(models: dict[str, list[dict[str, Any]]], file: Path, how: str = "predicted") -> None:
     """Speed-up of TPOT over the smallest tp size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(models), 4), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(models)), models.items(), strict=True):
+    (row,) = figure.subplots(1, len(models), squeeze=False)
+    for axes, (name, rows) in zip(row, models.items(), strict=True):
         base = rows[0]
         tp_sizes = [row["tp_size"] for row in rows]
         ideal = [tp_size / base["tp_size"] for tp_size in tp_sizes]
@@ -209,7 +210,7 @@ def plot(models: dict[str, list[dict[str, Any]]], file: Path) -> None:
         for batch in base["tpot_s"]:
             speed_ups = [base["tpot_s"][batch] / row["tpot_s"][batch] for row in rows]
             axes.plot(tp_sizes, speed_ups, marker="o", label=f"batch {batch}")
-        axes.set(title=f"{name}, predicted", xlabel="tp", xticks=tp_sizes)
+        axes.set(title=f"{name}, {how}", xlabel="tp", xticks=tp_sizes)
         axes.set_ylabel(f"TPOT of tp={base['tp_size']} / TPOT")
         axes.legend()
     figure.savefig(file)

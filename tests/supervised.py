@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,19 @@ from tests.clusters import Service, start, start_coordinator, wait_until_serving
 
 
 class Supervisor:
-    """Workers on fixed ports, each started again as soon as it ends, as containers are."""
+    """Workers on fixed ports, each started again as soon as it ends, as containers are.
 
-    def __init__(self, count: int, *arguments: str, module: str = "shard_worker") -> None:
-        self._module, self._arguments = module, arguments
+    `devices` are theirs by turns.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *arguments: str,
+        module: str = "shard_worker",
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
+        self._module, self._arguments, self._devices = module, arguments, devices
         self.exit_codes: list[int] = []  # of those that were started again
         self.last_words = ""  # of the last of them
         self.workers = [self._start(rank, 0) for rank in range(count)]
@@ -32,7 +41,9 @@ class Supervisor:
         self._thread.start()
 
     def _start(self, rank: int, port: int) -> Service:
-        return start(f"worker{rank}", self._module, *self._arguments, "--port", str(port))
+        device = self._devices[rank % len(self._devices)]
+        where = ("--device", device, "--port", str(port))
+        return start(f"worker{rank}", self._module, *self._arguments, *where)
 
     @property
     def addresses(self) -> list[str]:

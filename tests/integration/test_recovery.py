@@ -1,28 +1,22 @@
 """A worker that dies, hangs or comes back: requests go on, with the text that they would have had."""
 
-import math
-import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 
 from client import Colrow
-from client.grpc_client import TokenLogprobs
 from colrow.errors import Unavailable
 from colrow.v1 import control_service_pb2
 from tests import checkpoints
+from tests.chaos import num_kills, outlive_random_kills
 from tests.clusters import start, start_coordinator, wait_until_serving
 from tests.supervised import Cluster, Supervisor, health, running
 
@@ -370,127 +364,11 @@ def test_a_worker_without_a_coordinator_frees_its_memory_and_can_be_joined_again
     assert "freeing the device" in worker.log.read_text()
 
 
-NUM_KILLS = int(os.environ.get("COLROW_KILLS", "20"))
-NUM_STREAMS = 64
-MARGIN = 1e-4
-TOP_K = 50
-
-Asked = tuple[list[int], dict[str, Any]]
-
-
-def is_clear(item: TokenLogprobs, index: int, seed: int | None) -> bool:
-    """Whether a token would be the same if the logits were others in their last bits.
-
-    Sums of floats depend in their last bit on who else is in the batch; a token that is decided by it
-    would tell nothing about recovery. Greedy ones are clear with a margin to the second; seeded ones
-    when the draw does not lie where two tokens meet.
-    """
-    if seed is None:
-        return item.top[0][1] - item.top[1][1] > MARGIN
-    if item.top[TOP_K - 1][1] - item.top[TOP_K][1] < MARGIN:
-        return False
-    kept = sorted(item.top[:TOP_K])
-    mass = np.cumsum([math.exp(logprob) for _, logprob in kept])
-    key = np.array([seed, index], dtype=np.uint64)
-    draw = np.random.Generator(np.random.Philox(key=key)).random()
-    return bool(np.abs(mass / mass[-1] - draw).min() > MARGIN)
-
-
-def clear_requests(client: Colrow) -> list[tuple[Asked, list[int]]]:
-    """Greedy and seeded requests, and what each gets when it is alone."""
-    generator = random.Random(0)
-    chosen: list[tuple[Asked, list[int]]] = []
-    while len(chosen) < NUM_STREAMS:
-        prompt = [generator.randrange(VOCAB_SIZE) for _ in range(generator.randint(1, 40))]
-        seed = len(chosen) if len(chosen) % 2 else None
-        settings: dict[str, Any] = {"max_tokens": generator.randint(30, 120), "temperature": 0}
-        if seed is not None:
-            settings |= {"temperature": 1, "top_k": TOP_K, "seed": seed}
-        pieces = list(client.generate(prompt, logprobs=TOP_K + 1, **settings))
-        items = [item for piece in pieces for item in piece.logprobs]
-        if all(is_clear(item, index, seed) for index, item in enumerate(items)):
-            chosen.append(((prompt, settings), [item.token_id for item in items]))
-    return chosen
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the coordinator holds of the system, and what the cluster has left in it."""
-
-    fds: int
-    threads: int
-    processes: int
-    shared_memory: int
-
-    @classmethod
-    def by(cls, cluster: Cluster) -> "Held":
-        process = psutil.Process(cluster.coordinator.process.pid)
-        return cls(
-            fds=process.num_fds(),
-            threads=process.num_threads(),
-            processes=len(psutil.Process().children(recursive=True)),
-            shared_memory=len(list(Path("/dev/shm").glob("colrow-*"))),
-        )
-
-
-@pytest.mark.timeout(60 + 15 * NUM_KILLS)
+@pytest.mark.timeout(60 + 15 * num_kills(20))
 def test_64_streams_outlive_random_kills_without_an_error_or_a_changed_token(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generator = random.Random(0)
-    with running(folder) as cluster, ThreadPoolExecutor(NUM_STREAMS) as threads:
-        asked = clear_requests(cluster.client)
-        stop = threading.Event()
-
-        def keep_asking(index: int) -> tuple[int, int]:
-            calls = changed = 0
-            (prompt, settings), expected = asked[index]
-            while not stop.is_set():
-                pieces = cluster.client.generate(prompt, timeout_s=120, **settings)
-                changed += [token for piece in pieces for token in piece.token_ids] != expected
-                calls += 1
-            return calls, changed
-
-        def rounds_of_kills(count: int) -> tuple[int, int, list[float]]:
-            """Calls, those of them with changed tokens, and how long each recovery took."""
-            stop.clear()
-            streams = [threads.submit(keep_asking, index) for index in range(NUM_STREAMS)]
-            recoveries: list[float] = []
-            try:
-                for _ in range(count):
-                    time.sleep(generator.uniform(0.2, 1.0))
-                    epoch = cluster.epoch
-                    began = time.monotonic()
-                    cluster.supervisor.signal(generator.randrange(2), signal.SIGKILL)
-                    cluster.wait_for_epoch(epoch + 1)
-                    recoveries.append(time.monotonic() - began)
-            finally:
-                stop.set()
-            counts = [stream.result(120) for stream in streams]
-            calls, changed = (sum(each) for each in zip(*counts, strict=True))
-            return calls, changed, recoveries
-
-        # One kill first: threads and connections of a cluster that has seen one are its own.
-        rounds_of_kills(1)
-        before = Held.by(cluster)
-        calls, changed, recoveries = rounds_of_kills(NUM_KILLS)
-        deadline = time.monotonic() + 5
-        while (after := Held.by(cluster)) != before and time.monotonic() < deadline:
-            time.sleep(0.1)  # connections that were closed last are about to be gone
-        with capsys.disabled():
-            recoveries.sort()
-            print(
-                f"\n{NUM_KILLS} kills, {NUM_STREAMS} streams, {calls} calls: 0 failed, {changed} "
-                f"changed; recovery median {recoveries[len(recoveries) // 2]:.2f} s, worst "
-                f"{recoveries[-1]:.2f} s\n{before} -> {after}"
-            )
-        assert changed == 0
-        state = cluster.client.cluster()
-        blocks = state.scheduler
-        assert (blocks.running, blocks.waiting, blocks.kv_blocks_used) == (0, 0, 0)
-        assert state.recoveries == NUM_KILLS + 1
-        assert sum(worker.restarts for worker in state.workers) == NUM_KILLS + 1
-        # Nothing piles up from one life to the next.
-        assert after.fds <= before.fds
-        assert after.threads <= before.threads
-        assert (after.processes, after.shared_memory) == (before.processes, before.shared_memory)
+    with running(folder) as cluster:
+        outcome = outlive_random_kills(cluster, num_kills(20))
+    with capsys.disabled():
+        print(f"\n{outcome}")
