@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from coordinator.config import DEFAULT_GPU_BATCHED_TOKENS
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
@@ -230,8 +231,9 @@ def main() -> None:
     parser.add_argument(
         "--max-batched-tokens",
         type=int,
-        default=1024,
-        help="tokens in a step, at most; the default is the coordinator's (1024)",
+        default=DEFAULT_GPU_BATCHED_TOKENS,
+        help="tokens in a step, at most; the default is the coordinator's "
+        f"({DEFAULT_GPU_BATCHED_TOKENS})",
     )
     parser.add_argument(
         "--growth",

@@ -42,6 +42,7 @@ from client.local_cluster import LocalCluster
 from client.serving import choose_devices, termination_interrupts
 from client.views import transport_name
 from colrow.v1 import control_service_pb2, inference_service_pb2
+from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
@@ -350,7 +351,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="IN,OUT",
         help="of each of those requests (512,256)",
     )
-    add("--max-batched-tokens", type=int, default=1024, help="tokens in a step (1024)")
+    add(
+        "--max-batched-tokens",
+        type=int,
+        help="tokens in a step (the coordinator's default: "
+        f"{DEFAULT_GPU_BATCHED_TOKENS}, on CPUs {DEFAULT_CPU_BATCHED_TOKENS})",
+    )
     add("--max-running", type=int, default=256, help="sequences in a step (256)")
     add("--repeats", type=int, default=3, help="of each measurement (3)")
     add("--time-limit", type=float, default=900.0, help="seconds that a cluster may take (900)")
@@ -358,6 +364,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--table", action="store_true", help="print the tables of --results, and measure nothing")
     add("--plot", type=Path, metavar="FILE", help="draw speed-ups here; needs matplotlib")
     flags = parser.parse_args(arguments)
+    if flags.max_batched_tokens is None:
+        on_gpu = flags.device == "cuda"
+        flags.max_batched_tokens = (
+            DEFAULT_GPU_BATCHED_TOKENS if on_gpu else DEFAULT_CPU_BATCHED_TOKENS
+        )
     if len(flags.offline_tokens) != 2:
         parser.error("--offline-tokens: two numbers, IN,OUT")
     if flags.plot is not None and find_spec("matplotlib") is None:
