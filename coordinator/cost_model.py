@@ -145,9 +145,9 @@ class Hardware:
 
 # "Measured" is between two NVIDIA H200 (18 NVLinks, without multicast) or on one, in a CUDA graph unless
 # said otherwise. "Fitted" is to time per token and time to the first token of Llama-3.1-8B shapes at
-# tp=1 through the whole serving path, in docs/gpu.md. What more than two ranks add is assumed: the steps
-# are those of NCCL's own model (src/graph/tuning.cc), in which every rank adds two of 0.6 µs to a small
-# ring over NVLink, and a peer written to besides others 0.4 µs.
+# tp=1 through the whole serving path (docs/scaling.md). What more than two ranks add is assumed: the
+# steps are those of NCCL's own model (src/graph/tuning.cc), in which every rank adds two of 0.6 µs to
+# a small ring over NVLink, and a peer written to besides others 0.4 µs.
 _NCCL_STEP_S = 0.6e-6
 _PEER_S = 0.4e-6
 
