@@ -20,9 +20,10 @@ SIZES = [2, 3, 4, 8]
 USABLE_AGAIN_S = 10.0
 
 
-def connect(
-    rank: int, size: int, exchange: Exchange, op_timeout_s: float = 60.0
+def meet(
+    rank: int, size: int, exchange: Exchange, op_timeout_s: float
 ) -> tuple[GlooCommunicator, PeerSums]:
+    """This rank among the others, who are not connected yet."""
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     store = None
@@ -37,7 +38,14 @@ def connect(
         interface_host=HOST,
         store=store,
     )
-    sums = PeerSums(control, PeerMemory.allocate(size, device), op_timeout_s=op_timeout_s)
+    memory = PeerMemory.allocate(size, device)
+    return control, PeerSums(control, memory, op_timeout_s=op_timeout_s)
+
+
+def connect(
+    rank: int, size: int, exchange: Exchange, op_timeout_s: float = 60.0
+) -> tuple[GlooCommunicator, PeerSums]:
+    control, sums = meet(rank, size, exchange, op_timeout_s)
     links = sums.connect(exchange(sums.offer), JOIN_TIMEOUT_S)
     assert [link.path for link in links] == ["peer"] * (size - 1), links
     return control, sums
@@ -160,21 +168,7 @@ def memory_that_is_used_again(rank: int, size: int, exchange: Exchange) -> None:
 
 def a_handle_of_nothing(rank: int, size: int, exchange: Exchange) -> list[str]:
     """One rank's offer can't be opened; the notes of the links."""
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    store = None
-    communicator_id = b""
-    if rank == 0:
-        communicator_id, store = GlooCommunicator.create_store(HOST)
-    control = GlooCommunicator.join(
-        exchange(communicator_id)[0],
-        rank,
-        size,
-        timeout_s=JOIN_TIMEOUT_S,
-        interface_host=HOST,
-        store=store,
-    )
-    sums = PeerSums(control, PeerMemory.allocate(size, device), op_timeout_s=10.0)
+    control, sums = meet(rank, size, exchange, 10.0)
     offers = list(exchange(sums.offer))
     if rank == 0:
         offers[1] = bytes(64) + offers[1][64:]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
@@ -30,23 +31,6 @@ from coordinator.shard_plan import ShardPlan, make_plan
 
 ROOT = Path(__file__).parents[2]
 
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "torch_dtype": "bfloat16",
-}
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "intermediate_size": 28672,
-}
 SMALL = LLAMA_8B | {"num_hidden_layers": 2, "hidden_size": 256, "vocab_size": 1024}
 
 LINK = H200_NVLINK.link

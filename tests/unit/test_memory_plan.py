@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B
 from colrow.errors import InvalidArgument
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize
 from coordinator.families import model_spec
@@ -25,19 +26,13 @@ from coordinator.memory_plan import (
 from coordinator.model_spec import ModelSpec
 from coordinator.shard_plan import fitting_tp_sizes, make_plan
 from coordinator.worker_status import WorkerDescription
-from tests.unit.test_shard_plan import LLAMA_8B, SMOLLM2, specs
+from tests.unit.test_shard_plan import SMOLLM2, specs
 from tests.unit.test_worker_status import DESCRIPTION
 
 MIB, GIB = 2**20, 2**30
 LIBRARIES = 32 * MIB  # of each stream
 SEGMENTS = 22 * MIB
 
-LLAMA_70B = LLAMA_8B | {
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "intermediate_size": 28672,
-}
 GRAPHS = GraphSizes(
     decode=(StepSize(1, 1), StepSize(2, 2), StepSize(4, 4)),
     prefill=(StepSize(16, 4), StepSize(64, 4)),

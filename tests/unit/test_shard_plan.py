@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.predict_scaling import LLAMA_8B
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis, ModelSpec, ParameterSpec
 from coordinator.shard_plan import (
@@ -34,17 +35,6 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16",
 }
 
