@@ -14,7 +14,8 @@ from colrow.v1 import sampling_pb2, shard_plan_pb2, shard_worker_service_pb2, te
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
 from shard_worker.communicator import Link
-from shard_worker.executor import Description, Group, LoadRequest, State
+from shard_worker.executor import Description, LoadRequest, State
+from shard_worker.joining import Group
 from shard_worker.model_runner import Chunk, NewSequence, SequenceLogprobs, Step, StepResult
 from shard_worker.partial import Partial
 from shard_worker.sampling import Sampling

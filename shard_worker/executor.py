@@ -11,7 +11,6 @@ import ctypes
 import enum
 import faulthandler
 import gc
-import ipaddress
 import logging
 import os
 import socket
@@ -45,13 +44,9 @@ from shard_worker.communicator import (
     CommunicatorTimeout,
     Link,
 )
-from shard_worker.communicator.gloo import GlooCommunicator
-from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import PeerCommunicator
-from shard_worker.communicator.peer_sums import MAX_RANKS, PeerMemory
-from shard_worker.communicator.shm import ShmCommunicator
-from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
+from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_roots import ModelRoots
@@ -69,7 +64,6 @@ T = TypeVar("T")
 EXIT_HUNG = 70
 """The exit code of a worker whose device thread hangs."""
 MAX_EPOCH = 2**63 - 1
-_TRANSPORTS = "is none of single, shm, gloo, nccl, peer"
 MAX_WEIGHT_BYTES = 2**63 - 1
 
 
@@ -81,16 +75,6 @@ class State(enum.Enum):
     LOADING = "loading"
     LOADED = "loaded"
     READY = "ready"
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The communicator group that the worker is in."""
-
-    epoch: int
-    rank: int
-    size: int
-    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +169,7 @@ class Executor:
         self._leaving: asyncio.Task[None] | None = None
         self._group: Group | None = None
         self._tp: TensorParallel | None = None
-        self._peer_memory: PeerMemory | None = None
-        self._store: Any = None
+        self._joiner = Joiner(config, self._device)
         self._shard: _Shard | None = None
         self._runner: ModelRunner | None = None
         self._last_step_id = 0
@@ -312,34 +295,7 @@ class Executor:
 
     def create_communicator_id(self, transport: str) -> bytes:
         """An id for `join`, made by rank 0 and carried to all ranks by the coordinator."""
-        match transport:
-            case "single":
-                return b""
-            case "shm":
-                return ShmCommunicator.create_id()
-            case "gloo":
-                communicator_id, self._store = GlooCommunicator.create_store(self._data_address())
-                return communicator_id
-            case "nccl" | "peer":
-                communicator_id, self._store = NcclCommunicator.create_id(self._data_address())
-                return communicator_id
-        raise InvalidArgument("transport", transport, _TRANSPORTS)
-
-    def _data_address(self) -> str:
-        """Where Gloo listens, and nowhere else, and what other hosts call. InvalidArgument for none."""
-        address = self._config.advertise_host
-        try:
-            is_wildcard = ipaddress.ip_address(address).is_unspecified
-        except ValueError:  # a name
-            is_wildcard = False
-        if is_wildcard:
-            raise InvalidArgument(
-                "advertise_host",
-                address,
-                "is no address at which workers on other hosts reach this one; start it with "
-                "--advertise-host",
-            )
-        return address
+        return self._joiner.create_id(transport)
 
     async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> bytes:
         """Joins the other ranks of `group`; weights of the same rank and size stay in memory.
@@ -388,73 +344,12 @@ class Executor:
     def _join(
         self, group: Group, communicator_id: bytes, timeout_s: float, abandoned: threading.Event
     ) -> tuple[Communicator, bytes]:
-        store, self._store = self._store, None
-        match group.transport:
-            case "single":
-                if group.size != 1:
-                    raise InvalidArgument("transport", "single", f"the size is {group.size}")
-                return SingleCommunicator(), b""
-            case "shm":
-                shm = ShmCommunicator.join(
-                    communicator_id,
-                    group.rank,
-                    group.size,
-                    timeout_s=timeout_s,
-                    op_timeout_s=self._config.peer_timeout_s,
-                    abandoned=abandoned,
-                )
-                return shm, b""
-            case "gloo":
-                gloo = GlooCommunicator.join(
-                    communicator_id,
-                    group.rank,
-                    group.size,
-                    timeout_s=timeout_s,
-                    store=store,
-                    interface_host=self._data_address(),
-                    op_timeout_s=self._config.peer_timeout_s,
-                    abandoned=abandoned,
-                )
-                return gloo, b""
-            case "nccl" | "peer":
-                if self._device.type != "cuda":
-                    raise InvalidArgument(
-                        "transport", group.transport, f"this worker is on {self._device}"
-                    )
-                if group.transport == "peer" and group.size > MAX_RANKS:
-                    raise InvalidArgument("size", group.size, f"peers are at most {MAX_RANKS}")
-                kind = PeerCommunicator if group.transport == "peer" else NcclCommunicator
-                comm = kind.join(
-                    communicator_id,
-                    group.rank,
-                    group.size,
-                    device=self._device,
-                    timeout_s=timeout_s,
-                    store=store,
-                    interface_host=self._data_address(),
-                    op_timeout_s=self._config.peer_timeout_s,
-                    abandoned=abandoned,
-                )
-                if not isinstance(comm, PeerCommunicator):
-                    return comm, b""
-                try:
-                    return comm, comm.offer(self._allocate_peer_memory(group.size))
-                except BaseException:
-                    comm.close()
-                    raise
-        raise InvalidArgument("transport", group.transport, _TRANSPORTS)
-
-    def _allocate_peer_memory(self, size: int) -> PeerMemory:
-        memory = self._peer_memory
-        if memory is None or memory.size != size:
-            self._free_peer_memory()
-            memory = self._peer_memory = PeerMemory.allocate(size, self._device)
-        return memory
-
-    def _free_peer_memory(self) -> None:
-        if self._peer_memory is not None:
-            self._peer_memory.free()
-            self._peer_memory = None
+        comm = self._joiner.join(group, communicator_id, timeout_s, abandoned)
+        try:
+            return comm, self._joiner.offer(comm)
+        except BaseException:
+            comm.close()
+            raise
 
     async def connect_peers(
         self, epoch: int, offers: Sequence[bytes], timeout_s: float
@@ -700,10 +595,11 @@ class Executor:
             comm.abort()
 
         def give_up() -> None:
-            if comm is not None:
-                comm.close()
+            # First the CUDA graphs, which hold the communicator.
             if runner is not None:
                 runner.close()
+            if comm is not None:
+                comm.close()
             self._meter.left()
             # Who joins next sizes its cache by what is free now.
             self._measure_memory()
@@ -746,7 +642,7 @@ class Executor:
                     await self.abort(self._group.epoch)
                 self._tp = self._shard = None
                 _give_memory_back()
-                await self._on_device(self._free_peer_memory)
+                await self._on_device(self._joiner.free)
                 await self._on_device(self._measure_memory)
             self._called_at = time.monotonic()
 

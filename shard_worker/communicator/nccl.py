@@ -93,6 +93,7 @@ class NcclCommunicator(Communicator):
         self._comm = comm
         self._lifecycle = threading.Lock()  # abort (any thread) against close
         self._failure: CommunicatorError | None = None
+        self._aborting: threading.Thread | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
 
@@ -198,14 +199,15 @@ class NcclCommunicator(Communicator):
         self._fail(CommunicatorAborted("the group was aborted"))
 
     def close(self) -> None:
-        """Frees NCCL's buffers; see `Communicator.close`."""
+        """Frees NCCL's buffers; see `Communicator.close`. CUDA graphs that hold it have to be gone."""
         self._closed.set()
         with self._lifecycle:
             comm, self._comm = self._comm, None
         if comm is not None:
-            if self._failure is None:
-                torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)
             comm.destroy()
+        if self._aborting is not None:
+            self._aborting.join()
         self._control.close()
 
     def _alive(self, op: str) -> Any:
@@ -221,7 +223,15 @@ class NcclCommunicator(Communicator):
                 return
             self._failure = error
             comm, self._comm = self._comm, None
+            # NCCL ends its kernels at once, then waits until no CUDA graph holds the communicator. To
+            # destroy them is up to the device's thread, which those kernels keep.
+            self._aborting = threading.Thread(
+                target=self._abort, args=(comm,), name="nccl-abort", daemon=True
+            )
+        self._aborting.start()
         self._control.abort()
+
+    def _abort(self, comm: Any) -> None:
         with torch.cuda.device(self.device), contextlib.suppress(self._nccl.NcclError):
             comm.abort()
 

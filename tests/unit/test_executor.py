@@ -8,7 +8,8 @@ import torch
 from colrow.errors import InvalidArgument
 from shard_worker.communicator import CommunicatorError
 from shard_worker.config import expandable_segments, parse
-from shard_worker.executor import Executor, Group
+from shard_worker.executor import Executor
+from shard_worker.joining import Group
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

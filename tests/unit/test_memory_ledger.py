@@ -20,7 +20,8 @@ from coordinator.cluster import ModelFolder
 from coordinator.shard_plan import make_plan
 from shard_worker import convert, models
 from shard_worker.config import parse
-from shard_worker.executor import Executor, Group
+from shard_worker.executor import Executor
+from shard_worker.joining import Group
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_runner import Chunk, NewSequence, Step, StepResult
 from shard_worker.sampling import Sampling

@@ -17,8 +17,9 @@ from colrow.errors import InvalidArgument
 from colrow.v1 import shard_worker_service_pb2
 from shard_worker import convert
 from shard_worker.communicator import Link
-from shard_worker.executor import Description, Group, State
+from shard_worker.executor import Description, State
 from shard_worker.forward_batch import ForwardBatch
+from shard_worker.joining import Group
 from shard_worker.kv_cache import KvCache
 from shard_worker.layers.attention import Attention
 from shard_worker.logprobs import TokenLogprobs
