@@ -301,7 +301,9 @@ def _reader(device: torch.device, piece_bytes: int) -> _Reader:
 
 class _CpuReader:
     def __init__(self, piece_bytes: int) -> None:
-        self._buffer = torch.empty(piece_bytes, dtype=torch.uint8)  # takes memory as it is written
+        # From the system, which gives memory as it is written: to free so much of malloc's would have it
+        # keep pieces of that size from then on, a KV cache's too.
+        self._buffer = torch.frombuffer(mmap.mmap(-1, piece_bytes), dtype=torch.uint8)
 
     def read(self, file: _File, piece: _Piece) -> None:
         if (stretch := piece.stretch) is not None:
