@@ -188,8 +188,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="that read (default: as a worker takes)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument(
+        "--preadv",
+        action="store_true",
+        help="read rows one call each, as where process_vm_readv is forbidden",
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.preadv:
+        loader._process_vm_readv = lambda local, remote: -1
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     cores = len(os.sched_getaffinity(0))

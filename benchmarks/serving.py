@@ -42,7 +42,12 @@ from client.local_cluster import LocalCluster
 from client.serving import choose_devices, termination_interrupts
 from client.views import transport_name
 from colrow.v1 import control_service_pb2, inference_service_pb2
-from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS
+from coordinator.config import (
+    DEFAULT_CPU_BATCHED_TOKENS,
+    DEFAULT_GPU_BATCHED_TOKENS,
+    DEFAULT_GPU_MEMORY_UTILIZATION,
+    DEFAULT_MAX_RUNNING,
+)
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
@@ -60,7 +65,6 @@ RESULTS = Path(__file__).with_name("results")
 TIMED_STEPS = 32
 INPUT_TOKENS = 128
 SETTINGS = ("max_batched_tokens", "max_running", "time_limit")  # that bench's results do not have
-MEMORY_SHARE = 0.9  # the default of --gpu-memory-utilization
 
 
 class TimeLimit(Exception):
@@ -153,7 +157,7 @@ def fitting_tp_sizes(config: dict[str, Any], machine: Machine) -> list[int]:
     sizes = [tp for tp in TP_SIZES if tp <= machine.count]
     if machine.memory_bytes is None:
         return sizes
-    memory_bytes = int(MEMORY_SHARE * machine.memory_bytes)
+    memory_bytes = int(DEFAULT_GPU_MEMORY_UTILIZATION * machine.memory_bytes)
     hardware = replace(H200_NVLINK, device=replace(H200_NVLINK.device, memory_bytes=memory_bytes))
     spec = model_spec(config)
     return [tp for tp in sizes if fits(make_plan(spec, tp), hardware)]
@@ -357,7 +361,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="tokens in a step (the coordinator's default: "
         f"{DEFAULT_GPU_BATCHED_TOKENS}, on CPUs {DEFAULT_CPU_BATCHED_TOKENS})",
     )
-    add("--max-running", type=int, default=256, help="sequences in a step (256)")
+    add(
+        "--max-running",
+        type=int,
+        default=DEFAULT_MAX_RUNNING,
+        help=f"sequences in a step ({DEFAULT_MAX_RUNNING})",
+    )
     add("--repeats", type=int, default=3, help="of each measurement (3)")
     add("--time-limit", type=float, default=900.0, help="seconds that a cluster may take (900)")
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="(benchmarks/results)")

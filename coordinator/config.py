@@ -11,6 +11,7 @@ from colrow.logs import FORMATS
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MAX_RUNNING = 256
 DEFAULT_CPU_CACHE_MIB = 512
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 # Of a step. A GPU computes a long prompt faster in one step than in eight; on a CPU that would keep
 # everybody else waiting for seconds.
 DEFAULT_CPU_BATCHED_TOKENS = 1024
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gpu-memory-utilization",
         type=float,
-        default=0.9,
+        default=DEFAULT_GPU_MEMORY_UTILIZATION,
         help="the share of a GPU's memory that weights, KV cache, CUDA graphs and steps may take",
     )
     add("--num-blocks", type=int, help="blocks of KV cache (default: what --kv-cache-mib holds)")

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from colrow import __version__
+from colrow import MAX_PEERS, __version__
 from colrow.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_TIMEOUT_S = 30.0
-MAX_PEERS = 8
-"""Ranks that write to each other's memory; more are joined by NCCL alone."""
 HEARTBEAT_INTERVAL_S = 0.5
 TAKEN = "WORKER_TAKEN"
 

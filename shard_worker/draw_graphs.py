@@ -107,13 +107,11 @@ class DrawGraphs:
         self._fill(neutral)
         inputs.copy_(torch.from_numpy(neutral))
         logits, device = self._logits[:size], self._logits.device
-        kept = logits.clone()
-        # Once outside, as for a step; it must not draw from the logits that wait.
+        # Once outside, as for a step. It leaves the logits that wait as they will be drawn from.
         self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
             self._draw(logits, inputs, has_cuts)
         torch.cuda.current_stream(device).wait_stream(self._side)
-        logits.copy_(kept)
         torch.cuda.synchronize(device)
         self._meter.look()
         tp = self._sampler.tp

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from colrow import MAX_PEERS
 from colrow.errors import InvalidArgument
 from shard_worker.communicator import Communicator
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import PeerCommunicator
-from shard_worker.communicator.peer_sums import MAX_RANKS, PeerMemory
+from shard_worker.communicator.peer_sums import PeerMemory
 from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import WorkerConfig
@@ -108,8 +109,8 @@ class Joiner:
                     raise InvalidArgument(
                         "transport", group.transport, f"this worker is on {self._device}"
                     )
-                if group.transport == "peer" and group.size > MAX_RANKS:
-                    raise InvalidArgument("size", group.size, f"peers are at most {MAX_RANKS}")
+                if group.transport == "peer" and group.size > MAX_PEERS:
+                    raise InvalidArgument("size", group.size, f"peers are at most {MAX_PEERS}")
                 kind = PeerCommunicator if group.transport == "peer" else NcclCommunicator
                 return kind.join(
                     communicator_id,

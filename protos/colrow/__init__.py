@@ -6,6 +6,9 @@ standard services (health, reflection, channelz) on a gRPC server.
 
 from importlib.metadata import PackageNotFoundError, version
 
+MAX_PEERS = 8
+"""Ranks of TRANSPORT_PEER, at most."""
+
 try:
     __version__ = version("colrow")
 except PackageNotFoundError:  # run from a source tree that is not installed

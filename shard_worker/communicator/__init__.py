@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DEFAULT_OP_TIMEOUT_S",
     "Communicator",
     "CommunicatorAborted",
     "CommunicatorError",
@@ -44,6 +45,8 @@ __all__ = [
     "check_wanted",
     "sum_in_rank_order",
 ]
+
+DEFAULT_OP_TIMEOUT_S = 30.0
 
 # The dtypes that activations have. A sum in another one would need its own decision on rounding.
 _SUMMABLE = (torch.float32, torch.bfloat16, torch.float16)

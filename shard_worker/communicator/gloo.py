@@ -35,6 +35,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from . import (
+    DEFAULT_OP_TIMEOUT_S,
     Communicator,
     CommunicatorAborted,
     CommunicatorError,
@@ -131,7 +132,7 @@ class GlooCommunicator(Communicator):
         timeout_s: float,
         interface_host: str,
         store: TCPStore | None = None,
-        op_timeout_s: float = 30.0,
+        op_timeout_s: float = DEFAULT_OP_TIMEOUT_S,
         abandoned: threading.Event | None = None,
     ) -> Self:
         """Meet the other ranks and connect to each; blocks until all `size` of them have.

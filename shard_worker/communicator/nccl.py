@@ -24,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .. import cuda_libraries
 from . import (
+    DEFAULT_OP_TIMEOUT_S,
     Communicator,
     CommunicatorAborted,
     CommunicatorError,
@@ -113,7 +114,7 @@ class NcclCommunicator(Communicator):
         device: torch.device,
         timeout_s: float,
         interface_host: str,
-        op_timeout_s: float = 30.0,
+        op_timeout_s: float = DEFAULT_OP_TIMEOUT_S,
         store: TCPStore | None = None,
         abandoned: threading.Event | None = None,
     ) -> Self:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colrow import MAX_PEERS
+
 from . import CommunicatorError, CommunicatorTimeout, Link
 from .gloo import GlooCommunicator
 from .nccl import use_device
 
-__all__ = ["CHUNK_BYTES", "MAX_RANKS", "SLOT_BYTES", "PeerMemory", "PeerSums", "plan_launch"]
+__all__ = ["CHUNK_BYTES", "SLOT_BYTES", "PeerMemory", "PeerSums", "plan_launch"]
 
-MAX_RANKS = 8
 SLOT_BYTES = 16 * 2**20
 """What a rank can be sent by one other at a time."""
 CHUNK_BYTES = 16
@@ -87,7 +88,7 @@ def plan_launch(
         np.int32(two_shot),
         buffers[rank],
         *buffers,
-        *[0] * (MAX_RANKS - len(buffers)),
+        *[0] * (MAX_PEERS - len(buffers)),
         np.uint32(SLOT_BYTES // CHUNK_BYTES),
         np.int32(rank),
         state.data_ptr(),
@@ -151,7 +152,7 @@ class PeerSums:
     def __init__(
         self, control: GlooCommunicator, memory: PeerMemory, *, op_timeout_s: float
     ) -> None:
-        assert control.size == memory.size <= MAX_RANKS, control.size
+        assert control.size == memory.size <= MAX_PEERS, control.size
         self.rank, self.size, self.device = control.rank, control.size, memory.device
         self.op_timeout_s = op_timeout_s
         self._control, self._memory = control, memory

@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    DEFAULT_OP_TIMEOUT_S,
     Communicator,
     CommunicatorAborted,
     CommunicatorError,
@@ -159,7 +160,7 @@ class ShmCommunicator(Communicator):
         *,
         timeout_s: float,
         capacity_bytes: int = _DEFAULT_CAPACITY_BYTES,
-        op_timeout_s: float = 30.0,
+        op_timeout_s: float = DEFAULT_OP_TIMEOUT_S,
         abandoned: threading.Event | None = None,
     ) -> Self:
         """Meet the other ranks; blocks until all `size` of them have mapped the segment.

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B
+from coordinator.config import DEFAULT_GPU_MEMORY_UTILIZATION
 from coordinator.cost_model import (
     H200_NVLINK,
     Algorithm,
@@ -298,6 +299,10 @@ def test_the_page_on_scaling_has_the_tables_that_its_command_prints() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text().splitlines()
     assert len(tables) > 40
     assert not [line for line in tables if line not in page]
+
+
+def test_a_gpu_gives_as_much_of_its_memory_as_by_default() -> None:
+    assert H200_NVLINK.device.memory_bytes == int(DEFAULT_GPU_MEMORY_UTILIZATION * 141e9)
 
 
 def test_weights_that_no_gpu_holds_are_said() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from colrow import MAX_PEERS
 from colrow.errors import FailedPrecondition
-from coordinator.shard_group import MAX_PEERS, Joined, ShardGroup
+from coordinator.shard_group import Joined, ShardGroup
 from coordinator.worker_status import Link, WorkerDescription
 
 
