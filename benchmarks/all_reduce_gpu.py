@@ -38,12 +38,13 @@ from torch import Tensor
 from benchmarks.predict_scaling import size_name, table
 from benchmarks.serving import RESULTS, counts, gpu_packages
 from benchmarks.serving_results import NOTHING, Target, slug
+from colrow import MAX_PEERS
 from coordinator.cost_model import H200_NVLINK, Algorithm
 from shard_worker import kernels
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import choose_reach
-from shard_worker.communicator.peer_sums import MAX_RANKS, SLOT_BYTES, PeerMemory, PeerSums
+from shard_worker.communicator.peer_sums import SLOT_BYTES, PeerMemory, PeerSums
 from tests.gpu.ranks import HOST, JOIN_TIMEOUT_S, Exchange, run_ranks
 
 PREFIX = "all_reduce_"
@@ -366,10 +367,10 @@ def choose_ranks(flags: argparse.Namespace, num_gpus: int) -> tuple[int, ...]:
     """ValueError naming what can't be."""
     if not num_gpus:
         raise ValueError("there is no GPU: torch.cuda.device_count() is 0")
-    most = MAX_RANKS if flags.share_gpu else num_gpus
+    most = MAX_PEERS if flags.share_gpu else num_gpus
     for size in flags.ranks:
-        if not 2 <= size <= MAX_RANKS:
-            raise ValueError(f"ranks = {size}: is not from 2 to {MAX_RANKS}")
+        if not 2 <= size <= MAX_PEERS:
+            raise ValueError(f"ranks = {size}: is not from 2 to {MAX_PEERS}")
         if size > most:
             raise ValueError(
                 f"ranks = {size}: each takes a GPU of its own, and this host has {num_gpus}; "

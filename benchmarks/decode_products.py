@@ -12,8 +12,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from shard_worker.kernels.gemv import gemv
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 4096, 14336, 32, 8, 128, 128256, 32
 
@@ -75,7 +78,11 @@ def main() -> None:
                 error = (product(weights[-1], x).double() - expected).norm() / expected.norm()
                 assert error < 6e-3, (name, label, float(error))
 
-                def run(product=product, weights=weights, x=x) -> None:
+                def run(
+                    product: Product = product,
+                    weights: list[Tensor] = weights,
+                    x: Tensor = x,
+                ) -> None:
                     for weight in weights:
                         product(weight, x)
 

@@ -37,7 +37,8 @@ from coordinator.shard_plan import ShardPlan, make_plan
 from shard_worker import checkpoint, loader, models
 from shard_worker.__main__ import SWITCH_INTERVAL_S
 from shard_worker.communicator.single import SingleCommunicator
-from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors, TensorParallel
+from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
+from shard_worker.tensor_parallel import TensorParallel
 
 LAYERS, VOCAB = 32, 128256
 CONFIG: dict[str, Any] = {
@@ -110,7 +111,7 @@ def layout_of(plan: ShardPlan, rank: int) -> ShardLayout:
 def page_cache_s(file: Path, num_bytes: int, num_threads: int) -> float:
     """Seconds to read the file's first `num_bytes` in pieces, by threads that each have one buffer."""
     size = loader.PIECE_BYTES
-    buffers = [memoryview(torch.zeros(size, dtype=torch.uint8).numpy()) for _ in range(num_threads)]
+    buffers = [memoryview(bytearray(size)) for _ in range(num_threads)]
     descriptor = os.open(file, os.O_RDONLY)
 
     def read(number: int) -> None:
@@ -133,14 +134,17 @@ def load_s(
     stored = checkpoint.match_keys(layout, checkpoint.Checkpoint.open(folder), (), "")
     tensors = ShardTensors(layout, tp, DTYPE, device)
     models.build(config, tensors)
-    seconds = []
-    for _ in range(2):
+
+    def load() -> tuple[int, float]:
         began = time.perf_counter()
         num_bytes = checkpoint.load(
             layout, stored, tensors.destinations, lambda _: None, num_threads=threads
         )
-        seconds.append(time.perf_counter() - began)
-    return num_bytes, *seconds
+        return num_bytes, time.perf_counter() - began
+
+    num_bytes, fresh_s = load()
+    _, again_s = load()
+    return num_bytes, fresh_s, again_s
 
 
 def measure(
