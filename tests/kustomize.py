@@ -66,8 +66,8 @@ def _patch(manifests: list[Manifest], patch: Manifest) -> None:
 def _apply(manifest: Manifest, operation: Manifest) -> None:
     *parents, last = operation["path"].removeprefix("/").split("/")
     at: Any = manifest
-    for key in parents:
-        at = at[int(key) if isinstance(at, list) else key.replace("~1", "/")]
+    for parent in parents:
+        at = at[int(parent) if isinstance(at, list) else parent.replace("~1", "/")]
     key: Any = last.replace("~1", "/")
     if isinstance(at, list) and key != "-":
         key = int(key)

@@ -308,11 +308,11 @@ class Led:
         self.epoch = worker.epoch + 1
         asked = self.requests(self.epoch)
         if stages > 0:
-            self.stub.JoinGroup(*asked["JoinGroup"], timeout=DEADLINE_S)
+            self.stub.JoinGroup(asked["JoinGroup"][0], timeout=DEADLINE_S)
         if stages > 1:
-            list(self.stub.LoadShard(*asked["LoadShard"], timeout=DEADLINE_S))
+            list(self.stub.LoadShard(asked["LoadShard"][0], timeout=DEADLINE_S))
         if stages > 2:
-            self.stub.AllocateKvCache(*asked["AllocateKvCache"], timeout=DEADLINE_S)
+            self.stub.AllocateKvCache(asked["AllocateKvCache"][0], timeout=DEADLINE_S)
         if stages < 4:
             return []
         answers = self.stub.ExecuteSteps(iter(asked["ExecuteSteps"]), timeout=DEADLINE_S)

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import all_reduce_gpu, serving
 from benchmarks import serving_results as results
+from benchmarks.predict_scaling import LLAMA_8B
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -18,7 +19,7 @@ def test_sums_of_ranks_that_share_a_gpu_are_checked(capsys: pytest.CaptureFixtur
 
 
 def test_a_cluster_is_measured(tmp_path: Path) -> None:
-    config = serving.LLAMA_8B | {"num_hidden_layers": 2, "max_position_embeddings": 1024}
+    config = LLAMA_8B | {"num_hidden_layers": 2, "max_position_embeddings": 1024}
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     flags = (

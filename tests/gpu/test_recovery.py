@@ -3,6 +3,7 @@ and what one coordinator leaves, the next finds whole."""
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ PROMPT = list(range(40, 70))
 def test_a_killed_worker_fails_no_stream(tmp_path: Path) -> None:
     folder = checkpoints.build("smollm2", tmp_path / "smollm2")
     pool = WorkerPool(devices=["cuda:0"])
-    settings = {"max_tokens": NUM_TOKENS, "temperature": 0, "timeout_s": 120}
+    settings: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0, "timeout_s": 120}
     try:
         with cluster(pool, folder, 1) as running:
             undisturbed = [

@@ -132,8 +132,8 @@ def test_a_module_alone_gives_the_same(
     width = 104 if module == "mlp.down_proj" else 72
     activation = np.random.default_rng(1).standard_normal((3, width)).astype(np.float32)
     with cluster(gpu_pools[True], folder, 1) as running:
-        outputs = [
+        on_gpu, expected = (
             array(of.client.run_layer(module=name, activation=activation).output)
             for of in (running, on_cpu)
-        ]
-    np.testing.assert_allclose(*outputs, rtol=2e-5, atol=2e-5)
+        )
+    np.testing.assert_allclose(on_gpu, expected, rtol=2e-5, atol=2e-5)

@@ -612,7 +612,7 @@ class TestRequests:
         self, method: str, data: bytes, running: RunningCluster
     ) -> None:
         with grpc.insecure_channel(running.target) as channel:
-            call = channel.unary_unary(f"/{method}")
+            call: Any = channel.unary_unary(f"/{method}")
             info = refusal(lambda: call(data, timeout=5), "INVALID_ARGUMENT", "request = ")
         assert info.reason == "INVALID_FIELD"
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -178,7 +179,7 @@ def test_cancelled_calls_leave_nothing(
     folder = checkpoints.build("smollm2", tmp_path)
     # Few blocks, so that prefixes fill the cache in the warm-up.
     with cluster(worker_pool, folder, 2, "--num-blocks", "1500") as running:
-        question = {"max_tokens": 30, "temperature": 0}
+        question: dict[str, Any] = {"max_tokens": 30, "temperature": 0}
         expected = [p.token_ids for p in running.client.generate([5, 17], **question)]
         asyncio.run(Leavers(running, seed=1).run(min(NUM_WARM_UP, NUM_CALLS)))
         wait_until_idle(running)

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 import client
-from client.local_cluster import ClusterError, LocalCluster, Process
+from client.errors import ClusterError
+from client.local_cluster import LocalCluster, Process
 from coordinator.cost_model import predicted_step
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan

@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def asked(folder: Path) -> list[Asked]:
     """Prompts whose tokens don't hang on the last bit of a sum, which another batch may change."""
-    model, chosen = checkpoints.oracle(folder), []
+    model = checkpoints.oracle(folder)
+    chosen: list[Asked] = []
     generator = torch.Generator().manual_seed(0)
     while len(chosen) < NUM_STREAMS:
         prompt = torch.randint(VOCAB_SIZE, (7,), generator=generator).tolist()
@@ -432,8 +433,8 @@ def test_workers_whose_coordinator_is_cut_off_free_the_device_and_load_again_whe
         ended_s = time.monotonic() - healed
         after = cluster.client.cluster()
         assert after.epoch > 1
-        for worker, before in zip(after.workers, read, strict=True):
-            assert worker.description.file_bytes_read > before + worker.description.weight_bytes
+        for now, before in zip(after.workers, read, strict=True):
+            assert now.description.file_bytes_read > before + now.description.weight_bytes
     with capsys.disabled():
         print(
             f"\ncoordinator cut off: devices free after {freed_s:.2f} s of a lease of {LEASE_S:g} s; "

@@ -21,7 +21,8 @@ from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import KvCache
 from shard_worker.model_runner import Chunk, ModelRunner, NewSequence, Step
-from shard_worker.sampler import Draw, Sampler, Sampling
+from shard_worker.sampler import Draw, Sampler
+from shard_worker.sampling import Sampling
 from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
 from shard_worker.tensor_parallel import TensorParallel
 
@@ -77,7 +78,7 @@ class Seen:
 class RecordingSampler(Sampler):
     """Keeps the logits of the whole vocabulary."""
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         self.logits = self.tp.comm.all_gather(logits.contiguous(), self.rank_sizes).clone()
         return super().__call__(logits, draws)
 

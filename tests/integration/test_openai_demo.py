@@ -47,7 +47,7 @@ def tokenizer(demo_model_folder: Path) -> Any:
 def test_a_chat_is_answered(client: openai.OpenAI, tokenizer: Any) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=CAPITAL, temperature=0)
     (choice,) = answer.choices
-    assert "Tokyo" in choice.message.content
+    assert choice.message.content is not None and "Tokyo" in choice.message.content
     assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
     assert answer.object == "chat.completion"
     assert re.fullmatch("chatcmpl-[0-9a-f]{32}", answer.id)

@@ -1,6 +1,6 @@
 """Log-probabilities over HTTP as evaluation harnesses ask for them, compared with transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def random_ids(count: int, length: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(0, vocab_size, (count, length), generator=generator).tolist()
 
 
-def harness_payload(batch: list[list[int]]) -> dict[str, Any]:
+def harness_payload(batch: Sequence[str | list[int]]) -> dict[str, Any]:
     """What lm-evaluation-harness sends for a batch of contexts with their continuations."""
     return {
         "prompt": batch,

@@ -10,11 +10,11 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -88,12 +88,13 @@ def tokenizer(demo_model_folder: Path) -> Any:
 
 def complete(client: openai.OpenAI, prompt: Any = PROMPT, **options: Any) -> Any:
     """Greedy and short, where nothing else is said."""
-    settings = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
     return client.completions.create(prompt=prompt, **settings)
 
 
 def chat(client: openai.OpenAI, messages: list[Any] = CAPITAL, **options: Any) -> Any:
-    settings = {"model": MODEL, "temperature": 0, "max_completion_tokens": 12} | options
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_completion_tokens": 12}
+    settings |= options
     return client.chat.completions.create(messages=messages, **settings)
 
 
@@ -238,7 +239,7 @@ async def test_sampling_is_as_asked(client: openai.OpenAI) -> None:
     assert complete(client, seed=-5, temperature=1).choices[0].text
 
 
-ALWAYS_END = {"logit_bias": {str(END_OF_TURN): 100}}
+ALWAYS_END: dict[str, Any] = {"logit_bias": {str(END_OF_TURN): 100}}
 
 
 async def test_the_end_of_a_turn_may_be_ignored_or_put_off(client: openai.OpenAI) -> None:
@@ -365,7 +366,8 @@ async def test_an_async_stream_that_is_left_frees_its_blocks(
     stream = await aclient.chat.completions.create(
         model=MODEL, messages=STORY, max_completion_tokens=400, stream=True
     )
-    async with aclosing(stream.response), aclosing(aiter(stream)) as chunks:
+    chunks = cast(AsyncGenerator[Any], aiter(stream))
+    async with aclosing(stream.response), aclosing(chunks):
         await anext(chunks)
     await asyncio.to_thread(wait_for_no_blocks, running)
 

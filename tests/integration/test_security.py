@@ -320,7 +320,7 @@ def test_without_a_right_key_every_method_is_refused(secured: Secured, key: str 
             assert (info.reason, info.domain) == ("INVALID_API_KEY", "colrow")
         check_probes(made)
     status, answer = secured.get(
-        "/v1/models", **({"Authorization": f"Bearer {key}"} if key else {})
+        "/v1/models", **dict[str, Any]({"Authorization": f"Bearer {key}"} if key else {})
     )
     assert status == 401
     assert answer["error"]["code"] == "invalid_api_key"
@@ -334,7 +334,7 @@ def method_path(method: MethodDescriptor) -> str:
 
 def call(made: grpc.Channel, path: str, metadata: Any = ()) -> Any:
     """The error with which a call without a message ends; None where it has none."""
-    ask = made.stream_stream(path)
+    ask: Any = made.stream_stream(path)
     try:
         list(ask(iter([b""]), timeout=10, metadata=metadata))
     except grpc.RpcError as error:

@@ -17,7 +17,7 @@ ROWS = 5
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_terms_have_sums_that_are_exact_in_any_order(size: int) -> None:
     terms = [term(rank, ROWS, CPU) for rank in range(size + 1)]
-    exact = sum(each.long() for each in terms[:-1])
+    exact = torch.stack(terms[:-1]).long().sum(0)
     assert torch.equal(sum_of_terms(size, ROWS, CPU).long(), exact)
     backwards = torch.zeros(ROWS, HIDDEN, dtype=torch.bfloat16)
     for each in reversed(terms[:-1]):

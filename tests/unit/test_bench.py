@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import AsyncGenerator, Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ class FakeServer:
 
 
 def prompts_of(server: FakeServer) -> b.Bench:
-    return b.Bench(server, b.fresh_prompts(model()))
+    return b.Bench(cast(b.Client, server), b.fresh_prompts(model()))
 
 
 async def test_a_batch_is_sent_at_once_with_lengths_that_are_fixed() -> None:

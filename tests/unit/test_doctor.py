@@ -216,7 +216,7 @@ class TestPairs:
         assert finding.verdict is Verdict.PROBLEM and "ACS" in finding.advice
 
     def test_a_handle_that_can_not_be_opened_is_why_nothing_arrived(self) -> None:
-        lines = [
+        lines: list[dict[str, Any]] = [
             {"writer": 0, "owner": 1, "error": "cudaErrorMapBufferObjectFailed"},
             {"writer": 1, "owner": 0, "arrived": True},
             {"writer": 0, "owner": 1, "arrived": False},

@@ -65,7 +65,9 @@ def completion_of(
 
 
 def chat_of(**body: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    asked = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], **body)
+    asked = ChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": "Hi"}], **body}
+    )
     prompt = Prompt(tuple(b_ids("<user>Hi</>")))
     outputs = [*outputs_of(chat_request(asked, prompt, "id", {}), TOKENIZER, ANSWER)]
     whole = ChatAnswer(asked, prompt, FRAME, TOKENIZER).whole([outputs])

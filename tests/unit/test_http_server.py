@@ -243,7 +243,7 @@ def error_of(response: httpx2.Response) -> dict[str, Any]:
 
 COMPLETIONS = "/v1/completions"
 CHATS = "/v1/chat/completions"
-USER = {"role": "user", "content": "Hi"}
+USER: Any = {"role": "user", "content": "Hi"}
 
 # The body's further fields, the field that is named, and words of the message.
 BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -561,14 +561,14 @@ async def test_errors_of_the_framework_have_the_same_form(
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize", "/detokenize"])
 async def test_another_model_is_not_found(served: Served, path: str) -> None:
-    prompt: dict[str, object] = {
+    prompts: dict[str, dict[str, object]] = {
         COMPLETIONS: {"prompt": "Hi"},
         CHATS: {"messages": [USER]},
         "/tokenize": {"prompt": "Hi"},
         "/detokenize": {"tokens": [1]},
-    }[path]
+    }
     for model, status in (("other", 404), (MODEL, 200), (None, 200)):
-        response = await served.post(path, prompt | {"model": model})
+        response = await served.post(path, prompts[path] | {"model": model})
         assert response.status_code == status
         if status == 404:
             assert error_of(response)["code"] == "model_not_found"
@@ -696,7 +696,8 @@ async def test_a_client_that_leaves_between_chunks_ends_its_generation(served: S
     served.engine.held.clear()
     body = {"messages": [USER], "stream": True}
     async with served.http.stream("POST", CHATS, json=body) as response:
-        async with aclosing(response.aiter_lines()) as lines:
+        lines = cast(AsyncGenerator[str], response.aiter_lines())
+        async with aclosing(lines):
             assert (await anext(lines)).startswith("data: ")
         assert len(served.engine.running) == 1
     await served.engine.until(0)
@@ -959,7 +960,12 @@ async def test_fields_of_a_chat_reach_the_engine_as_they_are_meant(served: Serve
     assert await prompt_of([USER], chat_template_kwargs={"extra": "+"}) == (
         "<user>Hi</><assistant>+"
     )
-    begun = {"role": "assistant", "content": "It is ", "refusal": None, "tool_calls": []}
+    begun: dict[str, Any] = {
+        "role": "assistant",
+        "content": "It is ",
+        "refusal": None,
+        "tool_calls": [],
+    }
     assert await prompt_of([USER, begun], continue_final_message=True) == (
         "<user>Hi</><assistant>It is "
     )
@@ -1021,7 +1027,7 @@ async def test_a_model_without_a_template_refuses_chats() -> None:
 async def test_models_are_listed_and_found(served: Served) -> None:
     (model,) = (await served.openai.models.list()).data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "colrow")
-    assert model.max_model_len == CONTEXT
+    assert model.to_dict()["max_model_len"] == CONTEXT
     assert abs(model.created - time.time()) < 60
     assert await served.openai.models.retrieve(MODEL) == model
     with pytest.raises(openai.NotFoundError):

@@ -212,13 +212,16 @@ def test_no_more_threads_than_cores_and_pieces(
     source = whole_of(tmp_path / "weights", offset, vector)
 
     def threads_of(cores: int, piece_bytes: int) -> int:
-        readers = []
+        readers: list[int] = []
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         create = loader._reader
         with monkeypatch.context() as patched:
-            patched.setattr(
-                loader, "_reader", lambda *settings: readers.append(1) or create(*settings)
-            )
+
+            def count(*settings: Any) -> Any:
+                readers.append(1)
+                return create(*settings)
+
+            patched.setattr(loader, "_reader", count)
             loader.load([(source, torch.empty(1000))], lambda *_: None, piece_bytes=piece_bytes)
         return len(readers)
 

@@ -159,7 +159,7 @@ class Scraped:
         assert len(found) == 1, (name, labels, found)
         return found[0]
 
-    async def histogram(self, name: str) -> tuple[float, float]:
+    async def histogram(self, name: str) -> tuple[object, object]:
         """How often something was observed, and the sum."""
         count = await self.value(f"vllm:{name}_count", model_name=MODEL)
         return count, await self.value(f"vllm:{name}_sum", model_name=MODEL)

@@ -42,7 +42,7 @@ class Queue(TorchFunctionMode):
             return given[0]
         result = func(*args, **kwargs)
         on_device = [x for x in (*given, result) if isinstance(x, Tensor) and x.is_meta]
-        from_host = [x for x in given if not x.is_meta]
+        from_host: list[Any] = [x for x in given if not x.is_meta]
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             from_host += [x for x in index if isinstance(x, list)]

@@ -420,7 +420,13 @@ def test_a_high_temperature_is_near_uniform() -> None:
     assert min(tokens.count(token) for token in range(4)) > 70
 
 
-CUTS = [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}]
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 3},
+    {"top_p": 0.9},
+    {"top_k": 3, "top_p": 0.9},
+    {"min_p": 0.1},
+]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

@@ -283,8 +283,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         length = data.draw(st.integers(1, min(room - 1, 20)), label="prompt")
         # Of few different tokens, and often like the one before, so that prefixes are shared.
         prompt = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
-        if self.serving.live and data.draw(st.booleans(), label="like another"):
-            other = data.draw(st.sampled_from(self.serving.live)).known_tokens
+        if bool(self.serving.live) and data.draw(st.booleans(), label="like another"):
+            another = data.draw(st.sampled_from(self.serving.live), label="another")
+            other = another.known_tokens
             prompt = [*other[: len(prompt)], *prompt[len(other) :]]
         max_tokens = data.draw(st.integers(1, min(room - length, 12)), label="max_tokens")
         self.serving.add(prompt, max_tokens, tuple(stop), priority=priority, sampling=sampling)

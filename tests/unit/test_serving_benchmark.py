@@ -9,7 +9,10 @@ import pytest
 
 from benchmarks import serving
 from benchmarks import serving_results as results
+from benchmarks.predict_scaling import LLAMA_8B
 from benchmarks.serving import CPU, Machine, Setup
+from coordinator.families import model_spec
+from coordinator.shard_plan import make_plan
 
 H200 = Machine("NVIDIA H200", 8, 143771 * 2**20)
 
@@ -162,10 +165,10 @@ def test_a_time_per_token_is_that_of_steps_in_which_the_whole_batch_decodes() ->
 
 def test_predictions_are_for_the_gpus_that_the_figures_are_of_and_know_the_transport() -> None:
     flags = serving.parse([])
-    plan = serving.make_plan(serving.model_spec(serving.LLAMA_8B), 2)
+    plan = make_plan(model_spec(LLAMA_8B), 2)
 
     def predicted(transport: str, machine: Machine) -> dict[str, Any]:
-        setup = Setup("8b", serving.LLAMA_8B, 2, transport)
+        setup = Setup("8b", LLAMA_8B, 2, transport)
         return serving.predict(plan, setup, machine, flags)
 
     auto, nccl = predicted("auto", H200), predicted("nccl", H200)
