@@ -196,8 +196,9 @@ def load(
             files[path] = _File(path)
             stack.callback(files[path].close)
         readers: SimpleQueue[_Reader] = SimpleQueue()
+        device = pieces[0].destination.device
         for _ in range(num_threads):
-            reader = _reader(pieces[0].destination.device, piece_bytes)
+            reader = _reader(device, piece_bytes)
             stack.callback(reader.close)
             readers.put(reader)
 
@@ -209,7 +210,8 @@ def load(
                 readers.put(reader)
             return piece
 
-        for piece in stack.enter_context(closing(_in_threads(read, pieces, num_threads))):
+        threads = _in_threads(read, pieces, num_threads, device)
+        for piece in stack.enter_context(closing(threads)):
             done += piece.num_bytes
             unread[piece.index] -= 1
             filled += unread[piece.index] == 0
@@ -218,13 +220,23 @@ def load(
 
 
 def _in_threads(
-    function: Callable[[_Piece], _Piece], pieces: Sequence[_Piece], num_threads: int
+    function: Callable[[_Piece], _Piece],
+    pieces: Sequence[_Piece],
+    num_threads: int,
+    device: torch.device,
 ) -> Generator[_Piece, None, None]:
     """Like `map`, in the order in which they are done. Closing it ends the threads."""
     if num_threads == 1:  # this one
         yield from map(function, pieces)
         return
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
+
+    def begin() -> None:
+        # A thread's device is the first one until it is said: going back to that from a stream of
+        # `device` would make a context there, of half a gigabyte that no ledger knows of.
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load", initializer=begin)
     try:
         for future in as_completed([pool.submit(function, piece) for piece in pieces]):
             yield future.result()
