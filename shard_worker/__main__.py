@@ -21,7 +21,7 @@ SWITCH_INTERVAL_S = 0.0005
 
 
 async def serve(config: WorkerConfig) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT. Raises what ends the lease, without which it does not serve."""
     torch.set_num_threads(config.num_threads)
     # The thread that launches steps would keep those that answer from running for 5 ms at a time.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -41,11 +41,18 @@ async def serve(config: WorkerConfig) -> None:
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stopping.set)
-    await stopping.wait()
-    log.info("stopping")
-    lease.cancel()
-    await server.stop(STOP_GRACE_S)
-    await executor.close()
+    stopped = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait((lease, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if lease.done():
+            # A worker that would keep its device for good is of no use to anyone.
+            await lease
+    finally:
+        log.info("stopping")
+        lease.cancel()
+        stopped.cancel()
+        await server.stop(STOP_GRACE_S)
+        await executor.close()
 
 
 def _warn_of_what_is_open(config: WorkerConfig) -> None:

@@ -24,7 +24,7 @@ class WorkerConfig:
     cuda_graphs: bool
     num_threads: int
     peer_timeout_s: float
-    """How long a collective waits for the other ranks."""
+    """How long a collective waits for the other ranks, over every transport but NCCL."""
     lease_s: float
     abort_timeout_s: float
     log_level: str
@@ -86,8 +86,9 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
         "--peer-timeout",
         type=float,
         default=10.0,
-        help="seconds to wait within a step for what another worker computes, before it is lost; "
-        "between GPUs the coordinator's --step-timeout counts",
+        help="seconds to wait within a step for what another worker computes, before it is lost: "
+        "between CPUs, and for sums through peers' memory between GPUs of one host. For what goes over "
+        "NCCL the coordinator's --step-timeout counts",
     )
     parser.add_argument(
         "--lease",
@@ -98,9 +99,10 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerConfig:
     parser.add_argument(
         "--abort-timeout",
         type=float,
-        default=20.0,
+        default=8.0,
         help="seconds after an abort in which the device has to end what it runs; a worker whose "
-        "device hangs ends itself then",
+        "device hangs ends itself then. Raise it where what can't be broken off takes longer, as one "
+        "layer of a large model on a slow CPU may",
     )
     parser.add_argument(
         "--model-root",

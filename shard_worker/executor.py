@@ -1,70 +1,56 @@
-"""The one thread that owns the device, and the worker's way from idle to ready.
+"""The worker's way from idle to ready: its group, its weights, its cache and its steps.
 
-Everything that computes, allocates or communicates runs on the device thread, in the order in which
-it was asked for. The event loop only asks and waits, so a collective that hangs never blocks health
-checks or `abort`.
+Calls are checked and kept in order here, on the event loop; what they do is done by the device thread
+(`device_thread.py`).
 """
 
 import asyncio
 import contextlib
 import ctypes
 import enum
-import faulthandler
 import gc
 import logging
 import os
 import socket
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
-from colrow.errors import (
-    Aborted,
-    DeadlineExceeded,
-    FailedPrecondition,
-    InvalidArgument,
-    ResourceExhausted,
-    Unavailable,
-)
+from colrow.errors import Aborted, FailedPrecondition, InvalidArgument
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse
-from shard_worker import checkpoint, cuda_libraries, models
+from shard_worker import checkpoint, shard
 from shard_worker.communicator import (
     Communicator,
     CommunicatorAborted,
     CommunicatorError,
-    CommunicatorTimeout,
     Link,
+    check_wanted,
 )
 from shard_worker.communicator.peer import PeerCommunicator
 from shard_worker.config import WorkerConfig
+from shard_worker.device_thread import DeviceThread
 from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
+from shard_worker.lease import Lease
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_roots import ModelRoots
 from shard_worker.model_runner import ModelRunner, Step, StepResult
 from shard_worker.partial import Partial, compute_partial
 from shard_worker.sampler import Sampler
-from shard_worker.sharding import Parameter, ShardLayout, ShardTensors
+from shard_worker.shard import LoadRequest, Shard, Source
 from shard_worker.step_graphs import GRAPH_SIZES
 from shard_worker.tensor_parallel import OpStats, TensorParallel
 
+__all__ = ["Description", "Executor", "LoadRequest", "State"]
+
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-EXIT_HUNG = 70
-"""The exit code of a worker whose device thread hangs."""
 MAX_EPOCH = 2**63 - 1
-MAX_WEIGHT_BYTES = 2**63 - 1
 
 
 class State(enum.Enum):
@@ -75,21 +61,6 @@ class State(enum.Enum):
     LOADING = "loading"
     LOADED = "loaded"
     READY = "ready"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadRequest:
-    """What to load: a checkpoint folder, its config, the plan's parameters and ranges."""
-
-    model_path: Path
-    config: dict[str, Any]
-    dtype: torch.dtype
-    parameters: Sequence[Parameter]
-    ranks: Sequence[dict[str, tuple[int, int]]]
-    ignored_keys: Sequence[str]
-    optional_prefix: str
-    is_dummy: bool = False
-    """Weights are random, and no file is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +86,6 @@ class Description:
     graph_sizes: GraphSizes = field(default_factory=GraphSizes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """A loaded model and what it was loaded from."""
-
-    model: models.Model
-    tensors: ShardTensors
-    weight_bytes: int
-    request: LoadRequest
-    files: checkpoint.FileVersions
-
-    @property
-    def vocab_size(self) -> int:
-        return sum(self.model.lm_head.rank_sizes)
-
-
 def _give_memory_back() -> None:
     """To the system, what is free: glibc keeps it, for it might be wanted again."""
     gc.collect()
@@ -148,122 +104,51 @@ def host_id() -> str:
 
 
 class Executor:
-    """Runs a coordinator's calls on the device thread and keeps them in order."""
+    """Takes a coordinator's calls, each in the state that it needs, and has the device run them."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
-        self._device = torch.device(config.device)
-        if self._device.type == "cuda":
-            self._device = torch.device("cuda", self._device.index or 0)
+        device = torch.device(config.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+        self._meter = MemoryMeter(device)
+        self._device = DeviceThread(device, self._meter)
         self._model_roots = ModelRoots.of(config.model_roots)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
-        self._memory = (0, 0)  # of a GPU: available, total; as the device thread last saw it
-        self._meter = MemoryMeter(self._device)
-        self._is_looking = False
+        self.lease = Lease(config.lease_s)
         self._state = State.IDLE
         self._last_epoch = 0
-        self._calls = 0
-        self._called_at = time.monotonic()
-        self._abandoned = threading.Event()  # set to end a join that is under way
+        self._abandoned = threading.Event()  # set to end a join or a load that is under way
         self._leaving: asyncio.Task[None] | None = None
         self._group: Group | None = None
         self._tp: TensorParallel | None = None
-        self._joiner = Joiner(config, self._device)
-        self._shard: _Shard | None = None
+        self._joiner = Joiner(config, device)
+        self._shard: Shard | None = None
         self._runner: ModelRunner | None = None
         self._last_step_id = 0
         self._file_bytes_read = 0
 
-    async def _on_device(
-        self, function: Callable[[], T], thread: ThreadPoolExecutor | None = None
-    ) -> T:
-        """Runs `function` on the device thread; what the device refuses becomes the caller's error."""
-
-        def run() -> T:
-            try:
-                return function()
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                traceback.clear_frames(error.__traceback__)
-                self._meter.look()
-                raise ResourceExhausted(
-                    f"{self._device} is out of memory ({self._meter.ledger}): {error}",
-                    reason="OUT_OF_MEMORY",
-                ) from error
-            except Exception as error:
-                # An error that somebody keeps must not keep the tensors of its frames.
-                traceback.clear_frames(error.__traceback__)
-                raise
-
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(thread or self._thread, run)
-        except CommunicatorTimeout as error:
-            raise DeadlineExceeded(str(error), reason="PEER_TIMEOUT") from error
-        except CommunicatorAborted as error:
-            raise Aborted(str(error), reason="GROUP_ABORTED") from error
-        except CommunicatorError as error:
-            raise Unavailable(str(error), reason="COMMUNICATOR_FAILED") from error
-
-    def _take_device(self) -> None:
-        """Makes the GPU this thread's own."""
-        torch.cuda.set_device(self._device)
-        self._measure_memory()
-
-    def _measure_memory(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            self._memory = torch.cuda.mem_get_info(self._device)
-
-    def _look_at_peak(self) -> None:
-        """Has the device thread do so when it is next free. What it sees is told from then on."""
-        # One at a time: a device that hangs is not to find a queue of them.
-        if self._device.type != "cuda" or self._runner is None or self._is_looking:
-            return
-        self._is_looking = True
-
-        def look() -> None:
-            self._meter.look()
-            self._is_looking = False
-
-        self._thread.submit(look)
-
     async def open(self) -> None:
         """Takes the device. InvalidArgument when it is not there, or can't be used as it is set up."""
-        if self._device.type != "cuda":
-            return
-        if self._config.expandable_segments is not None:
+        device = self._device.device
+        if device.type == "cuda" and self._config.expandable_segments is not None:
             variable, value = self._config.expandable_segments
             raise InvalidArgument(
                 variable,
                 value,
                 "memory in expandable segments can't be shared between workers' GPUs; leave "
-                f"expandable_segments out for a worker on {self._device}",
+                f"expandable_segments out for a worker on {device}",
             )
-        problem = cuda_libraries.torch_problem(torch.__version__, torch.version.cuda)
-        problem = problem or cuda_libraries.device_problem(
-            self._device.index, torch.cuda.device_count()
-        )
-        if problem:
-            raise InvalidArgument("device", str(self._device), problem)
-        try:
-            await self._on_device(self._take_device)
-        except RuntimeError as error:
-            # What CUDA says first; advice on debugging kernels follows.
-            said = str(error).partition("\n")[0]
-            raise InvalidArgument("device", str(self._device), said) from error
+        await self._device.open()
 
     def describe(self) -> Description:
         """Answers at once, whatever the device does."""
-        self._look_at_peak()
-        memory = psutil.virtual_memory()
-        available, total = memory.available, memory.total
-        if self._device.type == "cuda":
-            available, total = self._memory
+        if self._runner is not None:
+            self._device.look_at_peak()
+        available, total = self._device.memory()
         return Description(
             host_id=host_id(),
             pid=os.getpid(),
-            device=str(self._device),
+            device=str(self._device.device),
             memory_total=total,
             memory_available=available,
             state=self._state,
@@ -291,11 +176,24 @@ class Executor:
 
     @property
     def _captures_graphs(self) -> bool:
-        return self._device.type == "cuda" and self._config.cuda_graphs
+        return self._device.device.type == "cuda" and self._config.cuda_graphs
 
-    def create_communicator_id(self, transport: str) -> bytes:
-        """An id for `join`, made by rank 0 and carried to all ranks by the coordinator."""
-        return self._joiner.create_id(transport)
+    async def create_communicator_id(self, transport: str) -> bytes:
+        """An id for `join`, made by rank 0 and carried to all ranks by the coordinator.
+
+        InvalidArgument for a transport that is none; Unavailable, with what to install, where this
+        worker has not what it takes.
+        """
+
+        def create() -> bytes:
+            try:
+                return self._joiner.create_id(transport)
+            except CommunicatorError:
+                raise
+            except RuntimeError as error:  # of CuPy, or of torch's store
+                raise CommunicatorError(f"{transport}: no communicator id: {error}") from error
+
+        return await self._device.run(create)
 
     async def join(self, group: Group, communicator_id: bytes, timeout_s: float) -> bytes:
         """Joins the other ranks of `group`; weights of the same rank and size stay in memory.
@@ -321,8 +219,9 @@ class Executor:
         self._last_epoch, self._group = group.epoch, group
         self._abandoned = abandoned = threading.Event()
         try:
-            comm, offer = await self._on_device(
-                lambda: self._join(group, communicator_id, timeout_s, abandoned)
+            comm, offer = await self._device.run(
+                lambda: self._join(group, communicator_id, timeout_s, abandoned),
+                unwanted=lambda made: made[0].close(),
             )
         except BaseException:
             # Also when the caller is gone: nobody waits for the others then.
@@ -331,7 +230,7 @@ class Executor:
                 self._group = None
             raise
         if self._group is not group:
-            comm.close()
+            self._device.queue(comm.close)
             raise Aborted(f"epoch {group.epoch} was aborted while it formed")
         if self._tp and (self._tp.rank, self._tp.size) == (group.rank, group.size):
             self._tp.renew(comm)
@@ -346,6 +245,7 @@ class Executor:
     ) -> tuple[Communicator, bytes]:
         comm = self._joiner.join(group, communicator_id, timeout_s, abandoned)
         try:
+            check_wanted(abandoned)
             return comm, self._joiner.offer(comm)
         except BaseException:
             comm.close()
@@ -364,7 +264,7 @@ class Executor:
             raise InvalidArgument("peer_memories", len(offers), f"the size is {group.size}")
         if not 0 <= timeout_s < float("inf"):
             raise InvalidArgument("timeout_s", timeout_s, "is no time to wait")
-        await self._on_device(lambda: comm.connect(offers, timeout_s))
+        await self._device.run(lambda: comm.connect(offers, timeout_s))
         for link in comm.links:
             log.info(
                 "rank %d is reached by %s%s", link.rank, link.path, link.note and ": " + link.note
@@ -391,8 +291,9 @@ class Executor:
                 "model_path", str(request.model_path), "is no folder on this worker"
             )
         group = self._check(epoch, State.JOINED)
+        if len(request.ranks) != group.size:
+            raise InvalidArgument("ranks", len(request.ranks), f"the group has {group.size} ranks")
         loop = asyncio.get_running_loop()
-
         abandoned = self._abandoned
 
         def report(now: checkpoint.LoadProgress) -> None:
@@ -400,62 +301,39 @@ class Executor:
                 raise CommunicatorAborted(f"epoch {epoch} was aborted while it loaded")
             loop.call_soon_threadsafe(progress, now)
 
-        self._state, self._runner = State.LOADING, None
+        self._state = State.LOADING
         try:
-            shard = await self._on_device(lambda: self._load(group, request, report))
+            loaded = await self._load(group, request, report)
         except BaseException:
             if self._group is group:
                 self._state = State.JOINED
             raise
-        self._check(epoch, State.LOADING)
-        self._shard, self._state = shard, State.LOADED
-        log.info("loaded %d bytes from %s", shard.weight_bytes, request.model_path)
-        return shard.weight_bytes
+        self._shard, self._state = loaded, State.LOADED
+        log.info("loaded %d bytes from %s", loaded.weight_bytes, request.model_path)
+        return loaded.weight_bytes
 
-    def _load(
+    async def _load(
         self,
         group: Group,
         request: LoadRequest,
-        progress: Callable[[checkpoint.LoadProgress], None],
-    ) -> _Shard:
-        if len(request.ranks) != group.size:
-            raise InvalidArgument("ranks", len(request.ranks), f"the group has {group.size} ranks")
-        assert self._tp is not None
-        layout = ShardLayout(
-            {parameter.name: parameter for parameter in request.parameters},
-            group.rank,
-            tuple(request.ranks),
-        )
-        if (planned := layout.numel * request.dtype.itemsize) > MAX_WEIGHT_BYTES:
-            raise InvalidArgument("parameters", f"{planned} bytes", "no device has so many")
-        opened = None
-        if not request.is_dummy:
-            opened = checkpoint.Checkpoint.open(request.model_path, self._model_roots)
-        files: checkpoint.FileVersions = ()
-        if opened is not None:
-            self._file_bytes_read += opened.bytes_read
-            files = opened.files
-        held = self._shard
-        if held and (held.request, held.files) == (request, files):
-            return held
+        report: Callable[[checkpoint.LoadProgress], None],
+    ) -> Shard:
+        source = await self._device.run(lambda: Source.open(request, group.rank, self._model_roots))
+        self._check(group.epoch, State.LOADING)
+        self._file_bytes_read += source.bytes_read
+        if self._shard is not None and self._shard.is_of(source):
+            return self._shard
         self._shard = None  # its memory is free before the new one is allocated
-        self._tp.forget_stats()
-        stored: Mapping[str, checkpoint.StoredTensor] = {}
-        if opened is not None:
-            stored = checkpoint.match_keys(
-                layout, opened, request.ignored_keys, request.optional_prefix
-            )
-        self._meter.loading(planned)
-        tensors = ShardTensors(layout, self._tp, request.dtype, self._device)
-        model = models.build(request.config, tensors)
-        if opened is not None:
-            self._file_bytes_read += checkpoint.load(layout, stored, tensors.destinations, progress)
-        else:
-            checkpoint.fill_randomly(layout, tensors.destinations, progress)
-        weight_bytes = tensors.num_bytes
-        self._meter.loaded(tensors.finish())
-        self._measure_memory()
-        return _Shard(model, tensors, weight_bytes, request, files)
+        tp = self._tp
+        assert tp is not None
+        tp.forget_stats()
+        loaded = await self._device.run(
+            lambda: shard.load(source, tp, self._device.device, self._meter, report)
+        )
+        await self._device.measure_memory()
+        self._file_bytes_read += loaded.bytes_read
+        self._check(group.epoch, State.LOADING)
+        return loaded
 
     async def allocate(
         self,
@@ -478,46 +356,51 @@ class Executor:
                 raise InvalidArgument(name, value, "is not positive")
         most = min(num_blocks, -(-max_model_len // block_size) or num_blocks)
         planned = (graph_bytes, workspace_bytes)
-        self._runner = await self._on_device(
-            lambda: self._allocate(num_blocks, block_size, most, planned)
+        held, tp = self._shard, self._tp
+        assert held is not None and tp is not None
+        runner = await self._device.run(
+            lambda: self._allocate(held, tp, num_blocks, block_size, most, planned),
+            unwanted=ModelRunner.close,
         )
-        self._check(epoch, State.LOADED)
-        self._last_step_id = 0
+        try:
+            self._check(epoch, State.LOADED)
+        except FailedPrecondition:
+            self._device.queue(runner.close)
+            raise
+        self._runner, self._last_step_id = runner, 0
         self._state = State.READY
-        return self._runner.kv_cache.num_bytes
+        await self._device.measure_memory()
+        return runner.kv_cache.num_bytes
 
     def _allocate(
         self,
+        held: Shard,
+        tp: TensorParallel,
         num_blocks: int,
         block_size: int,
         max_blocks: int,
         planned: tuple[int | None, int | None],
     ) -> ModelRunner:
-        shard, tp = self._shard, self._tp
-        assert shard is not None and tp is not None
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        device = self._device.device
         self._meter.allocating()
         cache = KvCache.allocate(
-            num_layers=shard.model.num_layers,
+            num_layers=held.model.num_layers,
             num_blocks=num_blocks,
             block_size=block_size,
-            num_kv_heads=shard.model.num_kv_heads,
-            head_dim=shard.model.head_dim,
-            dtype=shard.tensors.dtype,
-            device=self._device,
+            num_kv_heads=held.model.num_kv_heads,
+            head_dim=held.model.head_dim,
+            dtype=held.tensors.dtype,
+            device=device,
         )
-        head = shard.model.lm_head
-        sampler = Sampler(tp, head.rank_sizes, head.start, self._device)
-        self._measure_memory()
+        head = held.model.lm_head
+        sampler = Sampler(tp, head.rank_sizes, head.start, device)
         self._meter.allocated(cache.num_bytes, *planned)
         runner = ModelRunner(
-            shard.model,
+            held.model,
             sampler,
             cache,
-            shard.vocab_size,
-            device=self._device,
+            held.vocab_size,
+            device=device,
             max_blocks=max_blocks if self._captures_graphs else None,
             meter=self._meter,
         )
@@ -533,14 +416,11 @@ class Executor:
                 reason="STEP_GAP",
             )
         self._last_step_id = step.step_id
-        runner = self._runner
-        assert runner is not None
-        return asyncio.ensure_future(self._execute(runner, step))
+        assert self._runner is not None and self._tp is not None
+        return asyncio.ensure_future(self._execute(self._runner, self._tp.comm, step))
 
-    async def _execute(self, runner: ModelRunner, step: Step) -> StepResult:
-        assert self._tp is not None
-        comm = self._tp.comm
-        launched = await self._on_device(lambda: runner.launch(step))
+    async def _execute(self, runner: ModelRunner, comm: Communicator, step: Step) -> StepResult:
+        launched = await self._device.run(lambda: runner.launch(step))
 
         def read() -> StepResult:
             result = launched.result()
@@ -550,22 +430,25 @@ class Executor:
 
         if launched.is_done:
             return read()
-        # Another thread waits, so that the device's goes on to launch the next step.
-        return await self._on_device(read, self._reader)
+        return await self._device.read(read)
 
-    async def compute_partial(self, epoch: int, module: str, activation: Tensor) -> Partial:
-        """One module alone, between steps."""
-        self._check(epoch, State.LOADED, State.READY)
-        shard = self._shard
-        assert shard is not None
-        dtype = shard.tensors.dtype if activation.is_floating_point() else activation.dtype
+    async def compute_partial(
+        self, epoch: int, module: str, activation: Tensor
+    ) -> tuple[int, Partial]:
+        """One module alone, between steps -> this rank and its partial output."""
+        group = self._check(epoch, State.LOADED, State.READY)
+        held, device = self._shard, self._device.device
+        assert held is not None
+        dtype = held.tensors.dtype if activation.is_floating_point() else activation.dtype
 
         def compute() -> Partial:
-            x = activation.to(self._device, dtype)
-            partial = compute_partial(shard.model, shard.tensors.layout, module, x)
+            x = activation.to(device, dtype)
+            partial = compute_partial(held.model, held.tensors.layout, module, x)
             return replace(partial, output=partial.output.cpu())
 
-        return await self._on_device(compute)
+        partial = await self._device.run(compute)
+        self._check(epoch, State.LOADED, State.READY)  # or it is of no group any more
+        return group.rank, partial
 
     async def abort(self, epoch: int) -> None:
         """Leaves the group: what waits in a collective fails, weights stay, sequences go."""
@@ -584,12 +467,7 @@ class Executor:
         await asyncio.shield(self._leave(runner))
 
     def _leave(self, runner: ModelRunner | None) -> "asyncio.Task[None]":
-        """Ends what the device runs, and gives up the communicator and the runner.
-
-        A thread can't be ended from outside, and one that hangs, in a driver or a collective that
-        heeds no abort, holds the device for good. So after `abort_timeout_s` the process ends, and its
-        supervisor starts another.
-        """
+        """Ends what the device runs, and gives up the communicator and the runner."""
         comm = self._tp.comm if self._tp else None
         if comm is not None:
             comm.abort()
@@ -601,67 +479,41 @@ class Executor:
             if comm is not None:
                 comm.close()
             self._meter.left()
-            # Who joins next sizes its cache by what is free now.
-            self._measure_memory()
 
-        async def leave() -> None:
-            try:
-                async with asyncio.timeout(self._config.abort_timeout_s):
-                    await self._on_device(give_up)
-                    await self._on_device(lambda: None, self._reader)
-            except TimeoutError:
-                self._end_hung_process()
-
-        self._leaving = asyncio.create_task(leave())
+        self._leaving = asyncio.create_task(self._device.end(give_up, self._config.abort_timeout_s))
         return self._leaving
 
-    def _end_hung_process(self) -> None:
-        faulthandler.dump_traceback(all_threads=True)  # for the log: where it hangs
-        log.critical(
-            "the device thread hangs: %g s after an abort it has not ended what it runs; ending the "
-            "process",
-            self._config.abort_timeout_s,
-        )
-        os._exit(EXIT_HUNG)
-
     async def keep_lease(self) -> None:
-        """Frees the device when no coordinator has called for `lease_s`; returns never.
-
-        A coordinator that steps asks for a sign of life all the time. One that is gone, or cut off, must
-        not keep memory that another could use.
-        """
-        lease_s = self._config.lease_s
+        """Frees the device whenever the lease has ended; returns never."""
         while True:
-            left_s = self._called_at + lease_s - time.monotonic()
-            if self._calls or left_s > 0:
-                await asyncio.sleep(max(left_s, lease_s / 10))
-                continue
+            await self.lease.ended()
             if self._group is not None or self._shard is not None:
-                log.warning("no coordinator has called for %g s: freeing the device", lease_s)
-                if self._group is not None:
-                    await self.abort(self._group.epoch)
-                self._tp = self._shard = None
-                _give_memory_back()
-                await self._on_device(self._joiner.free)
-                await self._on_device(self._measure_memory)
-            self._called_at = time.monotonic()
+                log.warning(
+                    "no coordinator has called for %g s: freeing the device", self.lease.duration_s
+                )
+                await self._free()
+            self.lease.renew()
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Around each call of a coordinator: as long as there is one, the lease is kept."""
-        self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            self._called_at = time.monotonic()
+    async def _free(self) -> None:
+        """Leaves the group and gives up the weights, unless a coordinator comes meanwhile."""
+        if self._group is not None:
+            await self.abort(self._group.epoch)
+        if self._group is not None or not self.lease.has_ended:
+            return
+        self._tp = self._shard = None
+
+        def free() -> None:
+            _give_memory_back()
+            self._joiner.free()
+
+        await self._device.run(free)
+        await self._device.measure_memory()
 
     async def close(self) -> None:
         """Frees the device and ends its thread; the whole process where that hangs."""
         self._abandoned.set()
         await self._leave(self._runner)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._device.close()
 
     def _check(self, epoch: int, *allowed: State) -> Group:
         if self._group is None or epoch != self._group.epoch:

@@ -25,18 +25,17 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def Describe(
         self, request: _pb.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> _pb.DescribeResponse:
-        with self._executor.call():
+        with self._executor.lease.call():
             return _pb.DescribeResponse(worker=convert.description(self._executor.describe()))
 
     async def JoinGroup(
         self, request: _pb.JoinGroupRequest, context: grpc.aio.ServicerContext
     ) -> _pb.JoinGroupResponse:
         group = convert.group(request)
-        with self._executor.call():
+        with self._executor.lease.call():
             if not request.communicator_id and group.transport != "single":
-                return _pb.JoinGroupResponse(
-                    communicator_id=self._executor.create_communicator_id(group.transport)
-                )
+                communicator_id = await self._executor.create_communicator_id(group.transport)
+                return _pb.JoinGroupResponse(communicator_id=communicator_id)
             peer_memory = await self._executor.join(
                 group, request.communicator_id, request.timeout_s
             )
@@ -47,7 +46,7 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def ConnectPeers(
         self, request: _pb.ConnectPeersRequest, context: grpc.aio.ServicerContext
     ) -> _pb.ConnectPeersResponse:
-        with self._executor.call():
+        with self._executor.lease.call():
             links = await self._executor.connect_peers(
                 request.epoch, request.peer_memories, request.timeout_s
             )
@@ -72,7 +71,7 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
 
         loading.add_done_callback(end)
         last = _pb.LoadShardResponse()
-        with self._executor.call():
+        with self._executor.lease.call():
             while (update := await updates.get()) is not None:
                 last = update
                 yield update
@@ -82,7 +81,7 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def AllocateKvCache(
         self, request: _pb.AllocateKvCacheRequest, context: grpc.aio.ServicerContext
     ) -> _pb.AllocateKvCacheResponse:
-        with self._executor.call():
+        with self._executor.lease.call():
             num_bytes = await self._executor.allocate(
                 request.epoch,
                 request.num_blocks,
@@ -127,11 +126,10 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def ComputePartial(
         self, request: _pb.ComputePartialRequest, context: grpc.aio.ServicerContext
     ) -> _pb.ComputePartialResponse:
-        partial = await self._executor.compute_partial(
+        rank, partial = await self._executor.compute_partial(
             request.epoch, request.module, convert.tensor(request.activation, "activation")
         )
-        group = self._executor.describe().group
-        return convert.partial_response(partial, group.rank if group else 0)
+        return convert.partial_response(partial, rank)
 
     async def AbortGroup(
         self, request: _pb.AbortGroupRequest, context: grpc.aio.ServicerContext

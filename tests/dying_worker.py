@@ -9,11 +9,11 @@ from typing import Any
 from shard_worker.__main__ import main
 from shard_worker.executor import Executor
 
-PHASES = {"joining": "_join", "loading": "_load", "allocating": "_allocate"}
+PHASES = {"joining": "join", "loading": "load", "allocating": "allocate"}
 
 
 def die_in(phase: str) -> None:
-    def die(*_: Any) -> None:
+    def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(Executor, PHASES[phase], die)

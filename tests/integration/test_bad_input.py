@@ -1212,6 +1212,15 @@ class TestJoining:
             "worker is on cpu",
         )
 
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+    @pytest.mark.parametrize("transport", [4, 5], ids=["nccl", "peer"])
+    def test_an_id_of_gpus_from_a_cpu(self, transport: int, worker: Worker) -> None:
+        info = refusal(
+            lambda: worker.join(transport=transport, size=2), "UNAVAILABLE", "without CUDA; install"
+        )
+        assert info.reason == "COMMUNICATOR_FAILED"
+        assert worker.state == "IDLE"
+
     @pytest.mark.parametrize("transport", [2, 3], ids=["shm", "gloo"])
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_peer_that_never_comes_is_named_in_time(

@@ -168,6 +168,43 @@ def test_a_worker_whose_device_thread_hangs_ends_on_sigterm_too(
     assert codes == [0, 70]
 
 
+def test_a_worker_whose_device_refuses_every_call_ends_itself_and_its_stream_goes_on(
+    folder: Path, expected: list[int], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "break"
+    supervisor = Supervisor(2, str(trigger), module="tests.broken_worker")
+    with running(folder, supervisor=supervisor) as cluster:
+        tokens: list[int] = []
+        for piece in cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, temperature=0):
+            tokens += piece.token_ids
+            if len(tokens) == 20:
+                trigger.touch()
+        assert tokens == expected
+        assert supervisor.exit_codes == [71]
+        said = [line for line in supervisor.last_words.splitlines() if "is broken" in line]
+        (line,) = said
+        assert "an illegal memory access was encountered" in line
+        assert "Device-side assertions" not in line, "what CUDA says first, and no advice"
+
+
+def test_a_worker_whose_device_refuses_one_call_goes_on(
+    folder: Path, expected: list[int], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "break"
+    supervisor = Supervisor(2, str(trigger), "--once", module="tests.broken_worker")
+    with running(folder, supervisor=supervisor) as cluster:
+        before = [worker.description.pid for worker in cluster.client.cluster().workers]
+        tokens: list[int] = []
+        for piece in cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, temperature=0):
+            tokens += piece.token_ids
+            if len(tokens) == 20:
+                trigger.touch()
+        assert tokens == expected
+        after = cluster.client.cluster()
+        assert [worker.description.pid for worker in after.workers] == before
+        assert (after.recoveries, supervisor.exit_codes) == (1, [])
+
+
 def test_an_idle_cluster_finds_a_dead_worker_too_and_takes_requests_meanwhile(
     folder: Path, expected: list[int]
 ) -> None:
