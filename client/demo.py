@@ -24,9 +24,12 @@ POLL_S = 0.02
 
 
 def run_demo(tp: int, question: str, max_tokens: int) -> None:
-    """Serves the demo model over `tp` workers, asks, shows what was held and communicated, stops."""
+    """Serves the demo model over `tp` workers on the CPU, asks it, and stops.
+
+    Shows the answer, what each rank held and what was communicated.
+    """
     out = console()
-    with running(Settings(tp=tp), console(stderr=True)) as started:
+    with running(Settings(tp=tp, device="cpu"), console(stderr=True)) as started:
         cluster = started.cluster
         out.print(
             f"[bold]{escape(cluster.model)}[/bold], cut over {num_ranks(tp)} on the CPU, "

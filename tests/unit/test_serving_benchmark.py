@@ -11,6 +11,7 @@ from benchmarks import serving
 from benchmarks import serving_results as results
 from benchmarks.predict_scaling import LLAMA_8B
 from benchmarks.serving import CPU, Machine, Setup
+from colrow.gpus import HostGpus
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 
@@ -196,7 +197,19 @@ def test_what_takes_too_long_is_ended() -> None:
 def test_without_a_gpu_it_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for gpus in (HostGpus(0), HostGpus(2, "")):
+        monkeypatch.setattr(serving, "local_gpus", lambda gpus=gpus: gpus)
+        assert serving.main(["--shapes", "8b"]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': there is no GPU: .*\n", said)
+    assert "CUDA_VISIBLE_DEVICES = '' shows 0 of 2" in said
+
+
+def test_a_driver_that_tells_nothing_of_its_gpu_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "local_gpus", lambda: HostGpus(1))
     monkeypatch.setenv("PATH", "")
     assert serving.main(["--shapes", "8b"]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': there is no GPU: .*\n", said)
+    assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': nvidia-smi .*\n", said)
