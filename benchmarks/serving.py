@@ -36,7 +36,8 @@ from typing import Any
 
 from benchmarks import serving_results as results
 from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B, plot
-from client.bench import Workload, fresh_prompts, measured_on, parse_counts, report_data, run_bench
+from client.bench.report import measured_on, report_data, run_bench
+from client.bench.workload import Workload, fresh_prompts, parse_counts
 from client.grpc_client import Colrow
 from client.local_cluster import LocalCluster, local_gpus
 from client.serving import choose_devices, termination_interrupts

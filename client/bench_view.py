@@ -9,14 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from client.bench import (
-    Distribution,
-    Measurement,
-    Report,
-    control_share,
-    steps_per_s,
-    title,
-)
+from client.bench.distribution import Distribution
+from client.bench.report import Report
+from client.bench.traces import Measurement, control_share, measurement_title, steps_per_s
 from client.views import new_table, num_ranks
 
 DRAW_INTERVAL_S = 1.0
@@ -87,7 +82,7 @@ def report_tables(report: Report) -> Iterator[Table | str]:
     for measurement in report.measurements:
         for error in sorted(set(measurement.errors)):
             count = measurement.errors.count(error)
-            what = title(measurement.kind, measurement.value)
+            what = measurement_title(measurement.kind, measurement.value)
             yield f"[red]{what}: {count} failed: {escape(error)}[/red]"
 
 

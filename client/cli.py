@@ -453,7 +453,8 @@ def bench(
 
     Example: colrow bench --target localhost:50051 --batch 1,8 --rate 2,inf --json results.json
     """
-    from client.bench import Workload, parse_counts, parse_rates, report_data, run_bench
+    from client.bench.report import report_data, run_bench
+    from client.bench.workload import Workload, parse_counts, parse_rates
     from client.bench_view import BenchProgress, report_tables
     from client.serving import Settings, connected, running, termination_interrupts
     from client.views import console
