@@ -1,4 +1,4 @@
-"""Which devices a cluster of the command's own gets, on hosts with and without GPUs."""
+"""The clusters that the command starts itself: on which devices, and with which settings."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from client import demo, local_cluster, serving
+from client.cli import app
 from client.serving import DEFAULT_TP, NothingAnswers, Settings, choose_devices
 from colrow.gpus import HostGpus, host_gpus
+from coordinator import config as coordinator_config
 
 
 @pytest.mark.parametrize(
@@ -142,3 +145,36 @@ def test_the_cluster_of_a_command_that_found_none_is_on_the_cpu_and_that_is_said
     (settings,) = started
     assert choose_devices(settings.device, settings.tp, ONE_GPU) == ["cpu"] * DEFAULT_TP
     assert f"over {DEFAULT_TP} ranks on the CPU for this command alone" in capsys.readouterr().out
+
+
+def test_what_serve_is_told_reaches_the_coordinator(started: list[Settings]) -> None:
+    flags = ("--gpu-memory-utilization", "0.55", "--kv-cache-mib", "7", "--max-running", "3")
+    assert isinstance(CliRunner().invoke(app, ["serve", *flags]).exception, _Started)
+    (settings,) = started
+    required = ("--model", ".", "--workers", "unused:1")
+    config = coordinator_config.parse((*required, *settings.coordinator_args))
+    assert config.gpu_memory_utilization == 0.55
+    assert (config.kv_cache_bytes, config.max_running) == (7 * 2**20, 3)
+
+
+@pytest.mark.parametrize("share", ["0", "1.1", "-1"])
+def test_a_share_of_memory_that_is_none_is_refused_before_anything_starts(
+    started: list[Settings], share: str
+) -> None:
+    assert CliRunner().invoke(app, ["serve", "--gpu-memory-utilization", share]).exit_code == 2
+    assert not started
+
+
+@pytest.mark.parametrize(("flags", "device"), [((), "auto"), (("--device", "cpu"), "cpu")])
+def test_bench_has_the_flag_that_a_host_with_too_few_gpus_needs(
+    started: list[Settings], flags: tuple[str, ...], device: str
+) -> None:
+    assert isinstance(CliRunner().invoke(app, ["bench", *flags]).exception, _Started)
+    (settings,) = started
+    assert (settings.tp, settings.device) == (DEFAULT_TP, device)
+
+
+def test_bench_of_a_running_cluster_takes_no_device(started: list[Settings]) -> None:
+    done = CliRunner().invoke(app, ["bench", "--target", "127.0.0.1:1", "--device", "cpu"])
+    assert (done.exit_code, started) == (1, [])
+    assert "leave out MODEL, --tp, --device and --dtype" in done.stderr
