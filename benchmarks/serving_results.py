@@ -161,7 +161,7 @@ def columns_of(results: Sequence[Result]) -> list[Column]:
 
 
 def speed_table(results: Sequence[Result]) -> list[str]:
-    """A row for each cluster, and below it what was predicted and what is wanted."""
+    """A row for each cluster, and below it what was predicted, how far off, and what is wanted."""
     columns = columns_of(results)
     base = _base(results)
     rows = []
@@ -170,8 +170,7 @@ def speed_table(results: Sequence[Result]) -> list[str]:
         cells = [_cell(result, column, base, targets.get(column)) for column in columns]
         rows.append([str(result["tp_size"]), transport_of(result), *cells])
         if result["predicted"]:
-            shown = [_shown(column, get(result["predicted"], column)) for column in columns]
-            rows.append(["", "predicted", *shown])
+            rows.append(["", "predicted", *(_predicted_cell(result, column) for column in columns)])
         if targets:
             rows.append(["", "must / aim", *(_wanted(c, targets.get(c)) for c in columns)])
     return table(["tp", "transport", *map(_title, columns)], rows)
@@ -244,6 +243,13 @@ def _cell(result: Result, column: Column, base: Result | None, target: Target | 
     if target is not None and kind.gain(value, target.must) < 1:
         shown += " **missed**"
     return shown
+
+
+def _predicted_cell(result: Result, column: Column) -> str:
+    """With how far off it is from what was measured, where that is known."""
+    measured, predicted = get(result["figures"], column), get(result["predicted"], column)
+    off = f" ({predicted / measured - 1:+.1%})" if measured and predicted else ""
+    return _shown(column, predicted) + off
 
 
 def _title(column: Column) -> str:
