@@ -127,7 +127,7 @@ def without_requests(bench: Mapping[str, Any]) -> dict[str, Any]:
     return {**bench, "measurements": measurements}
 
 
-def get(figures: Mapping[str, Any], column: Column) -> float | None:
+def figure_in(figures: Mapping[str, Any], column: Column) -> float | None:
     value: float | None = figures.get(column[0], {}).get(column[1])
     return value
 
@@ -140,7 +140,7 @@ def page(results: Sequence[Result]) -> list[str]:
         base_tp = BASE_TP.get(shapes, 1)
         against = f"; in parentheses times as good as tp={base_tp}" if len(group) > 1 else ""
         lines += [f"### {shapes} shapes, {device}", "", f"Medians{against}.", ""]
-        lines += [*speed_table(group), "", *around_table(group), ""]
+        lines += [*speed_table(group), "", *overhead_table(group), ""]
     for result in results:
         where = f"{result['shapes']}, tp={result['tp_size']}, {result['transport']}"
         if result["error"] is not None:
@@ -176,13 +176,13 @@ def speed_table(results: Sequence[Result]) -> list[str]:
     return table(["tp", "transport", *map(_title, columns)], rows)
 
 
-def around_table(results: Sequence[Result]) -> list[str]:
+def overhead_table(results: Sequence[Result]) -> list[str]:
     """The start, how long the device waits between decode steps (wanted: below 5 %), communication."""
     batches = [key for kind, key in columns_of(results) if kind == "tpot_s"]
     rows = []
     for result in results:
         figures, predicted = result["figures"], result["predicted"]
-        tpot_s = get(figures, ("tpot_s", "1"))
+        tpot_s = figure_in(figures, ("tpot_s", "1"))
         spent_s = figures.get("communication_s")
         rows.append(
             [
@@ -190,7 +190,7 @@ def around_table(results: Sequence[Result]) -> list[str]:
                 transport_of(result),
                 _number(figures.get("serving_after_s"), 1),
                 _number(figures.get("first_token_after_s"), 1),
-                *(_percent(get(figures, ("idle_share", batch))) for batch in batches),
+                *(_percent(figure_in(figures, ("idle_share", batch))) for batch in batches),
                 _number(None if spent_s is None else 1e6 * spent_s, 0),
                 _percent(spent_s / tpot_s if spent_s is not None and tpot_s else None),
                 _number(1e6 * predicted["communication_s"] if predicted else None, 0),
@@ -233,12 +233,12 @@ def _base(results: Sequence[Result]) -> Result | None:
 
 
 def _cell(result: Result, column: Column, base: Result | None, target: Target | None) -> str:
-    value = get(result["figures"], column)
+    value = figure_in(result["figures"], column)
     if value is None:
         return NOTHING
     kind = KINDS[column[0]]
     shown = kind.show(value)
-    if base is not None and base is not result and (known := get(base["figures"], column)):
+    if base is not None and base is not result and (known := figure_in(base["figures"], column)):
         shown += f" ({kind.gain(value, known):.2f}x)"
     if target is not None and kind.gain(value, target.must) < 1:
         shown += " **missed**"
@@ -247,7 +247,10 @@ def _cell(result: Result, column: Column, base: Result | None, target: Target | 
 
 def _predicted_cell(result: Result, column: Column) -> str:
     """With how far off it is from what was measured, where that is known."""
-    measured, predicted = get(result["figures"], column), get(result["predicted"], column)
+    measured, predicted = (
+        figure_in(result["figures"], column),
+        figure_in(result["predicted"], column),
+    )
     off = f" ({predicted / measured - 1:+.1%})" if measured and predicted else ""
     return _shown(column, predicted) + off
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from client.bench.distribution import Distribution
 from client.bench.report import Report
 from client.bench.traces import Measurement, control_share, measurement_title, steps_per_s
-from client.views import new_table, num_ranks
+from client.views import new_table, ranks_text
 
 DRAW_INTERVAL_S = 1.0
 NOTHING = "-"
@@ -60,7 +60,7 @@ def report_tables(report: Report) -> Iterator[Table | str]:
     about = report.measured_on
     yield (
         f"[bold]{escape(about['model'])}[/bold] ({about['architecture']}, {about['data_type']}) over "
-        f"{num_ranks(about['tp_size'])}, transport: {about['transport']}, devices: "
+        f"{ranks_text(about['tp_size'])}, transport: {about['transport']}, devices: "
         f"{', '.join(dict.fromkeys(about['devices']))}; measured from {escape(about['client']['cpu'])}, "
         f"{about['client']['cores']} cores"
     )

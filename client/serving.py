@@ -15,7 +15,7 @@ from client.grpc_client import Colrow
 from client.local_cluster import LocalCluster, local_gpus
 from client.model_source import resolve_model
 from client.plan_view import read_spec
-from client.views import ProgressView, num_ranks, progress_view, report_loading
+from client.views import ProgressView, progress_view, ranks_text, report_loading
 from colrow.errors import ServiceError, Unauthenticated, Unavailable
 from colrow.gpus import HostGpus
 from colrow.tls import CA_FILE, explain, read_server
@@ -217,7 +217,7 @@ def connected_or_demo(
                 raise
             messages.print(
                 f"Nothing answers at {DEFAULT_TARGET}: serving the demo model over "
-                f"{num_ranks(DEFAULT_TP)} on the CPU for this command alone. `colrow serve` keeps one "
+                f"{ranks_text(DEFAULT_TP)} on the CPU for this command alone. `colrow serve` keeps one "
                 "running."
             )
             started = stack.enter_context(running(Settings(device="cpu"), messages))
@@ -240,7 +240,7 @@ def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> st
     return "\n".join(
         (
             f"[bold green]Serving[/bold green] {escape(cluster.model)} at "
-            f"[bold]{escape(local.target)}[/bold] over {num_ranks(local.tp)}. Try:",
+            f"[bold]{escape(local.target)}[/bold] over {ranks_text(local.tp)}. Try:",
             f'  colrow generate "What is the capital of Japan?"{target}',
             f"  colrow status{target}",
             f"  colrow layer 3 mlp.down_proj{target}",

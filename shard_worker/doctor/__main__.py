@@ -61,7 +61,7 @@ def _cpu_transports(num_gpus: int) -> Iterator[Finding]:
             f"transport {name}", trials, verdict=verdict, advice=advice
         )
     if not num_gpus:
-        yield transports.cpu_transport(works)
+        yield transports.cpu_transport_finding(works)
 
 
 def _gpus(torch_cuda: str, host_has: HostGpus) -> Iterator[Finding]:
@@ -89,13 +89,13 @@ def _gpus(torch_cuda: str, host_has: HostGpus) -> Iterator[Finding]:
         links = topology.parse_links(output_of(topology.TOPOLOGY) or "")
         yield from gpus.link_findings(uuid_of, smi, links)
         (tried,) = try_out("peer_access")
-        peer_access = gpus.written(tried.told, num_devices, tried.failure)
-        yield from gpus.written_findings("peer access", peer_access)
+        peer_access = gpus.write_outcomes(tried.told, num_devices, tried.failure)
+        yield from gpus.write_findings("peer access", peer_access)
         indices = [str(device) for device in uuid_of]
         ranks = try_out("cuda_ipc", *indices, ranks=num_devices)
         told = [line for rank in ranks for line in rank.told]
-        cuda_ipc = gpus.written(told, num_devices, failure_of(ranks))
-        yield from gpus.written_findings("CUDA IPC", cuda_ipc)
+        cuda_ipc = gpus.write_outcomes(told, num_devices, failure_of(ranks))
+        yield from gpus.write_findings("CUDA IPC", cuda_ipc)
         yield transports.all_reduce_finding(
             "transport nccl",
             try_out("nccl", *indices, ranks=num_devices),

@@ -134,7 +134,9 @@ def link_findings(
     return _by_outcome(outcomes, finding)
 
 
-def written(told: Iterable[Mapping[str, Any]], num_devices: int, failure: str) -> dict[Pair, str]:
+def write_outcomes(
+    told: Iterable[Mapping[str, Any]], num_devices: int, failure: str
+) -> dict[Pair, str]:
     """For each (writer, owner) why nothing could be written, or `LOST`; "" where it arrived.
 
     Of what `peer_access` or the ranks of `cuda_ipc` told before they ended, with `failure` perhaps.
@@ -154,8 +156,8 @@ def written(told: Iterable[Mapping[str, Any]], num_devices: int, failure: str) -
     return outcomes
 
 
-def written_findings(name: str, outcomes: Mapping[Pair, str]) -> list[Finding]:
-    """Of `written`, with each pair both ways."""
+def write_findings(name: str, outcomes: Mapping[Pair, str]) -> list[Finding]:
+    """Of `write_outcomes`, with each pair both ways."""
 
     def finding(problem: str, pairs: str) -> Finding:
         if not problem:
@@ -178,7 +180,7 @@ def transport_finding(
 ) -> Finding:
     """What ranks on all of these GPUs get: "peer" where every pair allows it, else "nccl" all of them.
 
-    Of `written`, twice. Ranks decide it together when they join, the same way.
+    Of `write_outcomes`, twice. Ranks decide it together when they join, the same way.
     """
     name = "ranks on GPUs"
     if num_devices == 1:

@@ -22,7 +22,7 @@ def all_reduce_finding(
     )
 
 
-def cpu_transport(works: dict[str, bool]) -> Finding:
+def cpu_transport_finding(works: dict[str, bool]) -> Finding:
     """What ranks on CPUs of this host get, by whether "shm" and "gloo" work."""
     name = "ranks on CPUs"
     if works["shm"]:

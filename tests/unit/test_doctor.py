@@ -213,9 +213,9 @@ class TestPairs:
             {"writer": 0, "owner": 1, "arrived": True},
             {"writer": 1, "owner": 0, "arrived": True},
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes == {(0, 1): "", (1, 0): ""}
-        (finding,) = gpus.written_findings("peer access", outcomes)
+        (finding,) = gpus.write_findings("peer access", outcomes)
         assert finding.verdict is Verdict.OK and "written and verified" in finding.found
 
     @pytest.mark.parametrize("lost", [(0, 1), (1, 0)])
@@ -224,9 +224,9 @@ class TestPairs:
             {"writer": writer, "owner": owner, "arrived": (writer, owner) != lost}
             for writer, owner in [(0, 1), (1, 0)]
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes[lost] == gpus.LOST
-        (finding,) = gpus.written_findings("peer access", outcomes)
+        (finding,) = gpus.write_findings("peer access", outcomes)
         assert finding.verdict is Verdict.PROBLEM and "ACS" in finding.advice
 
     def test_a_handle_that_can_not_be_opened_is_why_nothing_arrived(self) -> None:
@@ -235,14 +235,14 @@ class TestPairs:
             {"writer": 1, "owner": 0, "arrived": True},
             {"writer": 0, "owner": 1, "arrived": False},
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes == {(0, 1): "cudaErrorMapBufferObjectFailed", (1, 0): ""}
-        (finding,) = gpus.written_findings("CUDA IPC", outcomes)
+        (finding,) = gpus.write_findings("CUDA IPC", outcomes)
         assert finding.verdict is Verdict.WARNING and "cudaErrorMap" in finding.found
 
     def test_pairs_after_one_that_hangs_fail_with_the_reason(self) -> None:
         lines = [{"writer": 0, "owner": 1, "arrived": True}]
-        outcomes = gpus.written(lines, 2, "did not end within 60 s")
+        outcomes = gpus.write_outcomes(lines, 2, "did not end within 60 s")
         assert outcomes == {(0, 1): "", (1, 0): "did not end within 60 s"}
 
     def test_ranks_take_peer_where_every_pair_can_write_and_else_all_of_them_nccl(self) -> None:
@@ -353,7 +353,7 @@ class TestHost:
     def test_ranks_on_cpus_take_shm_unless_told_otherwise(
         self, shm: bool, gloo: bool, verdict: Verdict
     ) -> None:
-        finding = transports.cpu_transport({"shm": shm, "gloo": gloo})
+        finding = transports.cpu_transport_finding({"shm": shm, "gloo": gloo})
         assert finding.verdict is verdict
         assert ("--transport gloo" in finding.advice) is (gloo and not shm)
 
@@ -519,7 +519,7 @@ class TestCudaIpc:
     def outcomes(self) -> dict[tuple[int, int], str]:
         ranks = try_out("cuda_ipc", "0", "1", "2", ranks=3)
         assert failure_of(ranks) == ""
-        return gpus.written([line for rank in ranks for line in rank.told], 3, "")
+        return gpus.write_outcomes([line for rank in ranks for line in rank.told], 3, "")
 
     def test_every_rank_finds_what_every_other_one_wrote(self) -> None:
         assert self.outcomes() == dict.fromkeys(permutations(range(3), 2), "")

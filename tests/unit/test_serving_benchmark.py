@@ -139,7 +139,7 @@ def test_todays_cost_model_predicts_what_the_stored_results_have_beside_them() -
 
 
 def test_the_start_idle_time_and_communication_stand_beside_what_was_predicted() -> None:
-    head, _, row = map(cells, results.around_table([TWO]))
+    head, _, row = map(cells, results.overhead_table([TWO]))
     shown = dict(zip(head, row, strict=True))
     assert (shown["serves after, s"], shown["first token after, s"]) == ("11.0", "12.0")
     assert (shown["idle of a step, batch 1"], shown["idle of a step, batch 8"]) == ("3.1%", "-")
