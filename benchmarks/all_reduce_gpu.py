@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.predict_scaling import size_name, table
+from benchmarks.ranks import HOST, JOIN_TIMEOUT_S, Exchange, run_ranks
 from benchmarks.serving import RESULTS, counts, gpu_packages
 from benchmarks.serving_results import NOTHING, Target, slug
 from colrow import MAX_PEERS
@@ -45,7 +46,6 @@ from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import choose_reach
 from shard_worker.communicator.peer_sums import SLOT_BYTES, PeerMemory, PeerSums
-from tests.gpu.ranks import HOST, JOIN_TIMEOUT_S, Exchange, run_ranks
 
 PREFIX = "all_reduce_"
 HIDDEN = 4096

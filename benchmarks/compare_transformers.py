@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from client import AsyncColrow, Colrow
-from client.bench import Bench, Repeat, fresh_prompts, measured_on
+from client.bench.measuring import Bench
+from client.bench.report import measured_on
+from client.bench.traces import Repeat
+from client.bench.workload import fresh_prompts
 from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
 from client.views import console, new_table

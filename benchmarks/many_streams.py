@@ -22,7 +22,11 @@ from typing import Any
 import psutil
 
 from client import AsyncColrow, Colrow
-from client.bench import Bench, Distribution, Trace, fresh_prompts, measured_on, trace_request
+from client.bench.distribution import Distribution
+from client.bench.measuring import Bench, trace_request
+from client.bench.report import measured_on
+from client.bench.traces import Trace
+from client.bench.workload import fresh_prompts
 from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
 from colrow.v1 import control_service_pb2

@@ -36,9 +36,10 @@ from typing import Any
 
 from benchmarks import serving_results as results
 from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B, plot
-from client.bench import Workload, fresh_prompts, measured_on, parse_counts, report_data, run_bench
+from client.bench.report import measured_on, report_data, run_bench
+from client.bench.workload import Workload, fresh_prompts, parse_counts
 from client.grpc_client import Colrow
-from client.local_cluster import LocalCluster
+from client.local_cluster import LocalCluster, local_gpus
 from client.serving import choose_devices, termination_interrupts
 from client.views import transport_name
 from colrow.v1 import control_service_pb2, inference_service_pb2
@@ -96,16 +97,22 @@ class Setup:
 
 
 def examine_gpus() -> Machine:
-    """ValueError where there is no GPU."""
+    """The visible ones. ValueError where there is no GPU."""
+    gpus = local_gpus()
+    if not gpus.num_visible:
+        seen = gpus.what_is_hidden or "this host has none"
+        raise ValueError(f"device = 'cuda': there is no GPU: {seen}")
     query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
     try:
         told = subprocess.run(
             ["nvidia-smi", *query], capture_output=True, text=True, timeout=60, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"device = 'cuda': there is no GPU: {error}") from error
+        raise ValueError(
+            f"device = 'cuda': nvidia-smi does not describe its GPU: {error}"
+        ) from error
     name, mib, driver = (part.strip() for part in told.splitlines()[0].split(","))
-    return Machine(name, len(told.splitlines()), int(mib) * 2**20, driver)
+    return Machine(name, gpus.num_visible, int(mib) * 2**20, driver)
 
 
 def gpu_packages() -> dict[str, str]:
@@ -251,7 +258,7 @@ def measure(setup: Setup, machine: Machine, flags: argparse.Namespace) -> dict[s
             local = LocalCluster(
                 folder,
                 setup.tp,
-                devices=choose_devices(flags.device, setup.tp),
+                devices=choose_devices(flags.device, setup.tp, local_gpus()),
                 coordinator_args=(
                     *("--load-format", "dummy", "--transport", transport),
                     *("--max-batched-tokens", str(flags.max_batched_tokens)),

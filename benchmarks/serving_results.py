@@ -127,7 +127,7 @@ def without_requests(bench: Mapping[str, Any]) -> dict[str, Any]:
     return {**bench, "measurements": measurements}
 
 
-def get(figures: Mapping[str, Any], column: Column) -> float | None:
+def figure_in(figures: Mapping[str, Any], column: Column) -> float | None:
     value: float | None = figures.get(column[0], {}).get(column[1])
     return value
 
@@ -140,7 +140,7 @@ def page(results: Sequence[Result]) -> list[str]:
         base_tp = BASE_TP.get(shapes, 1)
         against = f"; in parentheses times as good as tp={base_tp}" if len(group) > 1 else ""
         lines += [f"### {shapes} shapes, {device}", "", f"Medians{against}.", ""]
-        lines += [*speed_table(group), "", *around_table(group), ""]
+        lines += [*speed_table(group), "", *overhead_table(group), ""]
     for result in results:
         where = f"{result['shapes']}, tp={result['tp_size']}, {result['transport']}"
         if result["error"] is not None:
@@ -161,7 +161,7 @@ def columns_of(results: Sequence[Result]) -> list[Column]:
 
 
 def speed_table(results: Sequence[Result]) -> list[str]:
-    """A row for each cluster, and below it what was predicted and what is wanted."""
+    """A row for each cluster, and below it what was predicted, how far off, and what is wanted."""
     columns = columns_of(results)
     base = _base(results)
     rows = []
@@ -170,20 +170,19 @@ def speed_table(results: Sequence[Result]) -> list[str]:
         cells = [_cell(result, column, base, targets.get(column)) for column in columns]
         rows.append([str(result["tp_size"]), transport_of(result), *cells])
         if result["predicted"]:
-            shown = [_shown(column, get(result["predicted"], column)) for column in columns]
-            rows.append(["", "predicted", *shown])
+            rows.append(["", "predicted", *(_predicted_cell(result, column) for column in columns)])
         if targets:
             rows.append(["", "must / aim", *(_wanted(c, targets.get(c)) for c in columns)])
     return table(["tp", "transport", *map(_title, columns)], rows)
 
 
-def around_table(results: Sequence[Result]) -> list[str]:
+def overhead_table(results: Sequence[Result]) -> list[str]:
     """The start, how long the device waits between decode steps (wanted: below 5 %), communication."""
     batches = [key for kind, key in columns_of(results) if kind == "tpot_s"]
     rows = []
     for result in results:
         figures, predicted = result["figures"], result["predicted"]
-        tpot_s = get(figures, ("tpot_s", "1"))
+        tpot_s = figure_in(figures, ("tpot_s", "1"))
         spent_s = figures.get("communication_s")
         rows.append(
             [
@@ -191,7 +190,7 @@ def around_table(results: Sequence[Result]) -> list[str]:
                 transport_of(result),
                 _number(figures.get("serving_after_s"), 1),
                 _number(figures.get("first_token_after_s"), 1),
-                *(_percent(get(figures, ("idle_share", batch))) for batch in batches),
+                *(_percent(figure_in(figures, ("idle_share", batch))) for batch in batches),
                 _number(None if spent_s is None else 1e6 * spent_s, 0),
                 _percent(spent_s / tpot_s if spent_s is not None and tpot_s else None),
                 _number(1e6 * predicted["communication_s"] if predicted else None, 0),
@@ -234,16 +233,26 @@ def _base(results: Sequence[Result]) -> Result | None:
 
 
 def _cell(result: Result, column: Column, base: Result | None, target: Target | None) -> str:
-    value = get(result["figures"], column)
+    value = figure_in(result["figures"], column)
     if value is None:
         return NOTHING
     kind = KINDS[column[0]]
     shown = kind.show(value)
-    if base is not None and base is not result and (known := get(base["figures"], column)):
+    if base is not None and base is not result and (known := figure_in(base["figures"], column)):
         shown += f" ({kind.gain(value, known):.2f}x)"
     if target is not None and kind.gain(value, target.must) < 1:
         shown += " **missed**"
     return shown
+
+
+def _predicted_cell(result: Result, column: Column) -> str:
+    """With how far off it is from what was measured, where that is known."""
+    measured, predicted = (
+        figure_in(result["figures"], column),
+        figure_in(result["predicted"], column),
+    )
+    off = f" ({predicted / measured - 1:+.1%})" if measured and predicted else ""
+    return _shown(column, predicted) + off
 
 
 def _title(column: Column) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from client import AsyncColrow, Colrow
-from client.bench import fresh_prompts, measured_on
+from client.bench.report import measured_on
+from client.bench.workload import fresh_prompts
 from client.local_cluster import LocalCluster
 from client.model_source import resolve_model
 

@@ -9,15 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from client.bench import (
-    Distribution,
-    Measurement,
-    Report,
-    control_share,
-    steps_per_s,
-    title,
-)
-from client.views import new_table, num_ranks
+from client.bench.distribution import Distribution
+from client.bench.report import Report
+from client.bench.traces import Measurement, control_share, measurement_title, steps_per_s
+from client.views import new_table, ranks_text
 
 DRAW_INTERVAL_S = 1.0
 NOTHING = "-"
@@ -65,7 +60,7 @@ def report_tables(report: Report) -> Iterator[Table | str]:
     about = report.measured_on
     yield (
         f"[bold]{escape(about['model'])}[/bold] ({about['architecture']}, {about['data_type']}) over "
-        f"{num_ranks(about['tp_size'])}, transport: {about['transport']}, devices: "
+        f"{ranks_text(about['tp_size'])}, transport: {about['transport']}, devices: "
         f"{', '.join(dict.fromkeys(about['devices']))}; measured from {escape(about['client']['cpu'])}, "
         f"{about['client']['cores']} cores"
     )
@@ -87,7 +82,7 @@ def report_tables(report: Report) -> Iterator[Table | str]:
     for measurement in report.measurements:
         for error in sorted(set(measurement.errors)):
             count = measurement.errors.count(error)
-            what = title(measurement.kind, measurement.value)
+            what = measurement_title(measurement.kind, measurement.value)
             yield f"[red]{what}: {count} failed: {escape(error)}[/red]"
 
 

@@ -2,15 +2,18 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from client.options import DataType, MemoryWeights, Model, TensorParallel
+from client.options import DEVICE_HELP, DataType, DeviceName, MemoryWeights, Model, TensorParallel
 from coordinator import config as coordinator_config
+
+if TYPE_CHECKING:
+    from client.serving import Settings
 
 # Flags that `serve` hands on: their defaults are said once, where they are defined.
 DEFAULTS = coordinator_config.parse(("--model", ".", "--workers", "unused:1"))
@@ -23,9 +26,7 @@ Arguments = Annotated[list[str] | None, typer.Argument(metavar="FLAGS...")]
 def serve(
     model: Model = None,
     tp: TensorParallel = 2,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where the shards live.")
-    ] = "auto",
+    device: Annotated[DeviceName, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: DataType = "auto",
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any.")
@@ -42,9 +43,18 @@ def serve(
         typer.Option(
             min=1,
             help="KV cache of each rank, at most.",
-            show_default=f"{coordinator_config.DEFAULT_CPU_CACHE_MIB} on a CPU; what a GPU has left",
+            show_default=f"{coordinator_config.DEFAULT_CPU_CACHE_MIB} on a CPU; on a GPU what "
+            "--gpu-memory-utilization leaves",
         ),
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="The share of a GPU's memory that weights, KV cache, CUDA graphs and steps may take.",
+        ),
+    ] = DEFAULTS.gpu_memory_utilization,
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens in a block of KV cache.")
     ] = DEFAULTS.block_size,
@@ -106,20 +116,14 @@ def serve(
 
     Example: colrow serve Qwen/Qwen3-0.6B --tp 2
     """
-    from client.serving import (
-        Settings,
-        how_to_call,
-        running,
-        termination_interrupts,
-    )
-    from client.views import console, held_table, rank_rows, rank_table
+    from client.serving import Settings
     from coordinator.access import what_is_open
 
     if client_cert_auth and tls is None:
         raise ValueError("client-cert-auth: needs --tls")
-    arguments: list[str] = []
-    for name, value in {
+    flags = {
         "kv-cache-mib": kv_cache_mib,
+        "gpu-memory-utilization": gpu_memory_utilization,
         "block-size": block_size,
         "max-model-len": max_model_len,
         "max-batched-tokens": max_batched_tokens,
@@ -127,21 +131,15 @@ def serve(
         "transport": transport,
         "load-format": load_format,
         "log-level": log_level,
-    }.items():
-        if value is not None:
-            arguments += [f"--{name}", str(value)]
+    }
+    coordinator_args = [
+        argument
+        for name, value in flags.items()
+        if value is not None
+        for argument in (f"--{name}", str(value))
+    ]
     if client_cert_auth:
-        arguments.append("--client-cert-auth")
-    keys = () if api_keys is None else (api_keys,)
-    secured = replace(
-        DEFAULTS,
-        host=host,
-        tls=tls,
-        client_cert_auth=client_cert_auth,
-        api_keys=keys,
-        control_api_keys=keys,
-        workers=(),
-    )
+        coordinator_args.append("--client-cert-auth")
     settings = Settings(
         model=model,
         tp=tp,
@@ -152,11 +150,32 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         served_model_name=served_model_name,
-        coordinator_args=arguments,
+        coordinator_args=coordinator_args,
         worker_args=("--log-level", log_level),
         tls=tls,
         api_keys=api_keys,
     )
+    keys = () if api_keys is None else (api_keys,)
+    access = replace(
+        DEFAULTS,
+        host=host,
+        tls=tls,
+        client_cert_auth=client_cert_auth,
+        api_keys=keys,
+        control_api_keys=keys,
+        workers=(),
+    )
+    _serve_until_interrupted(settings, what_is_open(access))
+
+
+def _serve_until_interrupted(settings: "Settings", open_to_all: Iterable[str]) -> None:
+    """Starts a cluster, shows it, and starts workers again that end or hang. ClusterError as that does.
+
+    open_to_all: what anybody who reaches it may do, in words.
+    """
+    from client.serving import how_to_call, running, termination_interrupts
+    from client.views import console, held_table, rank_rows, rank_table
+
     out = console()
     with (
         contextlib.suppress(KeyboardInterrupt),  # that is how it is meant to end
@@ -165,7 +184,7 @@ def serve(
     ):
         out.print(rank_table("What each rank owns", rank_rows(started.cluster.plan)))
         out.print(held_table(started.cluster))
-        for line in what_is_open(secured):
+        for line in open_to_all:
             out.print(f"Open: {line}", style="bold red", markup=False, soft_wrap=True)
         out.print(how_to_call(started.local, started.cluster), soft_wrap=True)
         try:

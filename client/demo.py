@@ -12,9 +12,9 @@ from client.views import (
     communication_table,
     console,
     held_table,
-    num_ranks,
     rank_rows,
     rank_table,
+    ranks_text,
     transport_name,
 )
 from colrow.v1 import control_service_pb2
@@ -24,12 +24,15 @@ POLL_S = 0.02
 
 
 def run_demo(tp: int, question: str, max_tokens: int) -> None:
-    """Serves the demo model over `tp` workers, asks, shows what was held and communicated, stops."""
+    """Serves the demo model over `tp` workers on the CPU, asks it, and stops.
+
+    Shows the answer, what each rank held and what was communicated.
+    """
     out = console()
-    with running(Settings(tp=tp), console(stderr=True)) as started:
+    with running(Settings(tp=tp, device="cpu"), console(stderr=True)) as started:
         cluster = started.cluster
         out.print(
-            f"[bold]{escape(cluster.model)}[/bold], cut over {num_ranks(tp)} on the CPU, "
+            f"[bold]{escape(cluster.model)}[/bold], cut over {ranks_text(tp)} on the CPU, "
             f"transport: {transport_name(cluster)}"
         )
         out.print(rank_table("What each rank owns", rank_rows(cluster.plan)))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from client.demo_model import DEMO_MODEL_NAME, DemoModelError, demo_model_ready, find_source
-from client.local_cluster import CHILD
+from client.local_cluster import CHILD, local_gpus
 from client.model_source import default_cache_folder
 from client.serving import check_port
 from colrow.finding import Finding, Verdict
@@ -28,6 +28,9 @@ def examine(host: str, grpc_port: int, http_port: int) -> Iterator[Finding]:
     yield port_finding("HTTP port", host, http_port, "http-port")
     yield demo_model_finding()
     command = [sys.executable, "-P", str(CHILD), _MODULE, "--json"]
+    visible_devices = local_gpus().visible_devices
+    if visible_devices is not None:
+        command.append(f"--visible-devices={visible_devices}")
     yield from findings_of(command, SILENCE_TIMEOUT_S)
 
 

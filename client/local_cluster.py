@@ -31,6 +31,7 @@ from client.errors import ClusterError
 from client.grpc_client import Colrow
 from client.watch import Follower, Update
 from colrow.errors import ServiceError
+from colrow.gpus import VISIBLE_DEVICES, HostGpus, host_gpus
 from colrow.v1 import control_service_pb2
 from coordinator.api_keys import add_key
 
@@ -125,6 +126,11 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def local_gpus() -> HostGpus:
+    """The GPUs that workers of this host would see, who get this process's environment."""
+    return host_gpus(os.environ.get(VISIBLE_DEVICES))
 
 
 class LocalCluster:

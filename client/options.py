@@ -22,6 +22,8 @@ DataType = Annotated[
     DataTypeName,
     typer.Option("--dtype", help="Type of weights and KV cache; auto is the checkpoint's."),
 ]
+DeviceName = Literal["auto", "cpu", "cuda"]
+DEVICE_HELP = "Where the shards live; auto is a GPU for each rank, or CPUs where no GPU is visible."
 MemoryWeights = Annotated[
     str | None,
     typer.Option(

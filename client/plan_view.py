@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from client.model_source import Progress, resolve_model
-from client.views import RankRow, mib, new_table, num_ranks, rank_table
+from client.views import RankRow, mib, new_table, rank_table, ranks_text
 from coordinator.cost_model import H200_NVLINK, SHORT_CONTEXT, predicted_step, unpredictable
 from coordinator.families import model_spec
 from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec
@@ -75,7 +75,7 @@ def split_kind(parameter: ParameterSpec) -> str:
 def plan_tables(plan: ShardPlan) -> list[Table]:
     """What each rank owns, and how each parameter is cut."""
     spec = plan.spec
-    title = f"{spec.architecture} over {num_ranks(plan.tp_size)}, {plan.dtype}"
+    title = f"{spec.architecture} over {ranks_text(plan.tp_size)}, {plan.dtype}"
     ranks = rank_table(title, plan_rank_rows(plan))
     parameters = new_table("Parameters")
     parameters.add_column("name", overflow="fold")

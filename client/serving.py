@@ -12,11 +12,12 @@ from rich.markup import escape
 
 from client.endpoint import DEFAULT_TARGET, Endpoint
 from client.grpc_client import Colrow
-from client.local_cluster import LocalCluster
+from client.local_cluster import LocalCluster, local_gpus
 from client.model_source import resolve_model
 from client.plan_view import read_spec
-from client.views import ProgressView, num_ranks, progress_view, report_loading
+from client.views import ProgressView, progress_view, ranks_text, report_loading
 from colrow.errors import ServiceError, Unauthenticated, Unavailable
+from colrow.gpus import HostGpus
 from colrow.tls import CA_FILE, explain, read_server
 from colrow.v1 import control_service_pb2, inference_service_pb2
 from coordinator.shard_plan import make_plan
@@ -32,7 +33,7 @@ class Settings:
     model: str | None = None
     tp: int = DEFAULT_TP
     device: str = "auto"
-    """"auto" is GPUs where there are any."""
+    """"auto", "cpu" or "cuda"; see `choose_devices`."""
     dtype: str = "auto"
     memory_weights: str | None = None
     host: str = "127.0.0.1"
@@ -80,22 +81,25 @@ def running(settings: Settings, messages: Console) -> Iterator[Running]:
         yield Running(local, cluster)
 
 
-def choose_devices(device: str, tp: int) -> list[str]:
-    """The device of each rank: a GPU of its own, or "cpu". ValueError where there are too few GPUs."""
-    # The driver's own list: asking CUDA would take a context, and a second to import torch.
-    num_gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if device == "cpu" or (device == "auto" and not num_gpus):
+def choose_devices(device: str, tp: int, gpus: HostGpus) -> list[str]:
+    """The device of each rank: a GPU of its own, or "cpu".
+
+    `device` "auto" is GPUs where any are visible, else CPUs. ValueError where there are too few GPUs,
+    with "auto" too: one rank more must not move a model to CPUs without a word.
+    """
+    if device == "cpu" or (device == "auto" and not gpus.num_visible):
         return ["cpu"] * tp
-    if num_gpus < tp:
+    if gpus.num_visible < tp:
+        has = gpus.what_is_hidden or f"this host has {gpus.num_visible}"
+        fitting = f"--tp {gpus.num_visible} takes no more, " if gpus.num_visible else ""
         raise ValueError(
-            f"tp = {tp}: each rank takes a GPU of its own, and this host has {num_gpus}; "
-            "--device cpu does without"
+            f"tp = {tp}: each rank takes a GPU of its own, and {has}; {fitting}--device cpu does without"
         )
     return [f"cuda:{rank}" for rank in range(tp)]
 
 
 def _prepare(settings: Settings, progress: ProgressView) -> LocalCluster:
-    devices = choose_devices(settings.device, settings.tp)
+    devices = choose_devices(settings.device, settings.tp, local_gpus())
     folder = resolve_model(settings.model, progress=progress)
     # A dry run, for its errors: seconds before the coordinator would come to the same ones.
     make_plan(
@@ -201,7 +205,7 @@ def connected_or_demo(
 ) -> Iterator[tuple[Colrow, inference_service_pb2.GetModelResponse]]:
     """As `connected`; without a `target` and with nothing at the default one, the demo model.
 
-    That is then served for as long as the context lasts.
+    That is then served, on the CPU whatever GPUs there are, for as long as the context lasts.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -213,9 +217,10 @@ def connected_or_demo(
                 raise
             messages.print(
                 f"Nothing answers at {DEFAULT_TARGET}: serving the demo model over "
-                f"{num_ranks(DEFAULT_TP)} for this command alone. `colrow serve` keeps one running."
+                f"{ranks_text(DEFAULT_TP)} on the CPU for this command alone. `colrow serve` keeps one "
+                "running."
             )
-            started = stack.enter_context(running(Settings(), messages))
+            started = stack.enter_context(running(Settings(device="cpu"), messages))
             connection = stack.enter_context(connected(started.local.endpoint))
         yield connection
 
@@ -235,7 +240,7 @@ def how_to_call(local: LocalCluster, cluster: control_service_pb2.Cluster) -> st
     return "\n".join(
         (
             f"[bold green]Serving[/bold green] {escape(cluster.model)} at "
-            f"[bold]{escape(local.target)}[/bold] over {num_ranks(local.tp)}. Try:",
+            f"[bold]{escape(local.target)}[/bold] over {ranks_text(local.tp)}. Try:",
             f'  colrow generate "What is the capital of Japan?"{target}',
             f"  colrow status{target}",
             f"  colrow layer 3 mlp.down_proj{target}",

@@ -45,7 +45,7 @@ def exact_bytes(num_bytes: int) -> str:
     return f"{num_bytes:,} ({mib(num_bytes)})" if num_bytes >= 2**20 else f"{num_bytes:,}"
 
 
-def num_ranks(tp: int) -> str:
+def ranks_text(tp: int) -> str:
     return f"{tp} rank" if tp == 1 else f"{tp} ranks"
 
 
@@ -228,7 +228,7 @@ def _cluster_table(cluster: control_service_pb2.Cluster) -> Table:
     plan, scheduler = cluster.plan, cluster.scheduler
     model = escape(cluster.model)
     if cluster.HasField("plan"):
-        model += f" ({plan.architecture}, {data_type_name(plan)}, {num_ranks(plan.tp_size)})"
+        model += f" ({plan.architecture}, {data_type_name(plan)}, {ranks_text(plan.tp_size)})"
     table.add_row("model", model)
     recovered = ""
     if cluster.recoveries:

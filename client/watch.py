@@ -29,8 +29,8 @@ from client.views import (
     enum_name,
     message_data,
     new_table,
-    num_ranks,
     phase_name,
+    ranks_text,
 )
 from colrow.errors import ServiceError
 from colrow.v1 import control_service_pb2
@@ -337,7 +337,7 @@ def dashboard(cluster: control_service_pb2.Cluster, measured: Rates | None) -> l
     state = enum_name(_STATES, cluster.state)
     style = {"serving": "bold green", "failed": "bold red"}.get(state, "bold yellow")
     head = Text.assemble(
-        (state, style), "  ", (cluster.model, "bold"), f"  {num_ranks(len(cluster.workers))}"
+        (state, style), "  ", (cluster.model, "bold"), f"  {ranks_text(len(cluster.workers))}"
     )
     parts: list[Any] = [head]
     if cluster.error:

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from colrow.finding import Finding, Verdict
+from colrow.gpus import VISIBLE_DEVICES, HostGpus, host_gpus
 from shard_worker import config
 from shard_worker.doctor import gpus, host, topology, transports
 from shard_worker.doctor.trial import failure_of, output_of, try_out
 
 
-def examine() -> Iterator[Finding]:
+def examine(host_has: HostGpus) -> Iterator[Finding]:
     """All findings, in the order in which they are made. Takes some 10 s, on GPUs more."""
-    num_gpus = host.num_driver_gpus()
+    num_gpus = host_has.num_visible
     yield from _guarded("cores", lambda: [host.cores()])
     yield from _guarded("memory", lambda: [host.memory()])
     yield from _guarded("shared memory", lambda: [host.shared_memory()])
@@ -26,11 +27,10 @@ def examine() -> Iterator[Finding]:
     yield from _guarded("CPU transports", lambda: _cpu_transports(num_gpus))
     cuda = torch.value("cuda")
     if cuda is None:
-        yield Finding(
-            "GPUs", Verdict.NOT_HERE, f"torch is built for CPUs; the driver has {num_gpus}"
-        )
+        found = f"torch is built for CPUs; the driver has {host_has.num_in_driver}"
+        yield Finding("GPUs", Verdict.NOT_HERE, found)
         return
-    yield from _guarded("GPUs", lambda: _gpus(cuda, num_gpus))
+    yield from _guarded("GPUs", lambda: _gpus(cuda, host_has))
 
 
 def _guarded(name: str, step: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
@@ -61,13 +61,13 @@ def _cpu_transports(num_gpus: int) -> Iterator[Finding]:
             f"transport {name}", trials, verdict=verdict, advice=advice
         )
     if not num_gpus:
-        yield transports.cpu_transport(works)
+        yield transports.cpu_transport_finding(works)
 
 
-def _gpus(torch_cuda: str, num_gpus: int) -> Iterator[Finding]:
+def _gpus(torch_cuda: str, host_has: HostGpus) -> Iterator[Finding]:
     smi = topology.parse_gpus(output_of(topology.GPUS) or "")
     (devices,) = try_out("devices")
-    yield from gpus.device_findings(devices, smi, torch_cuda, num_gpus)
+    yield from gpus.device_findings(devices, smi, torch_cuda, host_has)
     uuid_of = gpus.uuids(devices)
     num_devices = len(uuid_of)
     if not num_devices or num_devices < devices.value("num_devices"):
@@ -89,20 +89,20 @@ def _gpus(torch_cuda: str, num_gpus: int) -> Iterator[Finding]:
         links = topology.parse_links(output_of(topology.TOPOLOGY) or "")
         yield from gpus.link_findings(uuid_of, smi, links)
         (tried,) = try_out("peer_access")
-        peer_access = gpus.written(tried.told, num_devices, tried.failure)
-        yield from gpus.written_findings("peer access", peer_access)
+        peer_access = gpus.write_outcomes(tried.told, num_devices, tried.failure)
+        yield from gpus.write_findings("peer access", peer_access)
         indices = [str(device) for device in uuid_of]
         ranks = try_out("cuda_ipc", *indices, ranks=num_devices)
         told = [line for rank in ranks for line in rank.told]
-        cuda_ipc = gpus.written(told, num_devices, failure_of(ranks))
-        yield from gpus.written_findings("CUDA IPC", cuda_ipc)
+        cuda_ipc = gpus.write_outcomes(told, num_devices, failure_of(ranks))
+        yield from gpus.write_findings("CUDA IPC", cuda_ipc)
         yield transports.all_reduce_finding(
             "transport nccl",
             try_out("nccl", *indices, ranks=num_devices),
             verdict=Verdict.PROBLEM,
             advice="run again with NCCL_DEBUG=INFO in the environment, and see what NCCL says",
         )
-    yield from gpus.transport_findings(num_devices, peer_access, cuda_ipc)
+    yield gpus.transport_finding(num_devices, peer_access, cuda_ipc)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,10 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Examines this machine for shard workers. Exit code 1 where they can't work.",
     )
     parser.add_argument("--json", action="store_true", help="print an object a line")
+    parser.add_argument(
+        "--visible-devices",
+        metavar="LIST",
+        help=f"the value of {VISIBLE_DEVICES}, where it is set: `colrow doctor` passes it on",
+    )
     flags = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends trials, too
     healthy = True
-    for finding in examine():
+    for finding in examine(host_gpus(flags.visible_devices)):
         healthy &= finding.verdict is not Verdict.PROBLEM
         text = f"{finding.verdict}: {finding.name}: {finding.found}"
         if finding.advice:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, permutations
 from typing import Any
 
+from colrow import MAX_PEERS
 from colrow.finding import Finding, Verdict
+from colrow.gpus import HostGpus
 from shard_worker import cuda_libraries
 from shard_worker.doctor import topology
 from shard_worker.doctor.topology import SmiGpu
-from shard_worker.doctor.transports import gpu_transport
 from shard_worker.doctor.trial import Trial
 
 Pair = tuple[int, int]
@@ -22,7 +23,7 @@ _FREE_SHARE = 0.9  # of the memory; what `--gpu-memory-utilization` takes by def
 
 
 def torch_finding(trial: Trial, num_gpus: int) -> Finding:
-    """Of the probe `torch_build`, on a host whose driver has so many GPUs."""
+    """Of the probe `torch_build`, on a host with so many visible GPUs."""
     if trial.failure:
         missing = "ModuleNotFoundError" in trial.failure
         advice = "pip install 'colrow[worker]'" if missing else "install torch anew"
@@ -34,11 +35,12 @@ def torch_finding(trial: Trial, num_gpus: int) -> Finding:
 
 
 def device_findings(
-    trial: Trial, smi: Sequence[SmiGpu], torch_cuda: str, num_gpus: int
+    trial: Trial, smi: Sequence[SmiGpu], torch_cuda: str, host_has: HostGpus
 ) -> list[Finding]:
     """Of the probe `devices`: one for each GPU that torch sees, and one if that broke off.
 
-    num_gpus: how many the driver has, which are those that `colrow serve` goes by.
+    Where some of those in the driver are hidden, also one that says by what. host_has: what
+    `colrow serve` goes by.
     """
     findings = []
     driver_cuda = trial.value("driver_cuda", 0)
@@ -64,10 +66,12 @@ def device_findings(
             )
         )
     elif not findings:
-        found = f"torch sees none; the driver has {num_gpus}"
-        advice = cuda_libraries.device_problem(0, 0) if num_gpus else ""
-        verdict = Verdict.PROBLEM if num_gpus else Verdict.NOT_HERE
+        found = f"torch sees none; the driver has {host_has.num_in_driver}"
+        advice = cuda_libraries.device_problem(0, 0) if host_has.num_visible else ""
+        verdict = Verdict.PROBLEM if host_has.num_visible else Verdict.NOT_HERE
         findings.append(Finding("GPUs", verdict, found, advice))
+    if host_has.what_is_hidden:
+        findings.append(Finding("hidden GPUs", Verdict.NOT_HERE, host_has.what_is_hidden))
     return findings
 
 
@@ -130,7 +134,9 @@ def link_findings(
     return _by_outcome(outcomes, finding)
 
 
-def written(told: Iterable[Mapping[str, Any]], num_devices: int, failure: str) -> dict[Pair, str]:
+def write_outcomes(
+    told: Iterable[Mapping[str, Any]], num_devices: int, failure: str
+) -> dict[Pair, str]:
     """For each (writer, owner) why nothing could be written, or `LOST`; "" where it arrived.
 
     Of what `peer_access` or the ranks of `cuda_ipc` told before they ended, with `failure` perhaps.
@@ -150,8 +156,8 @@ def written(told: Iterable[Mapping[str, Any]], num_devices: int, failure: str) -
     return outcomes
 
 
-def written_findings(name: str, outcomes: Mapping[Pair, str]) -> list[Finding]:
-    """Of `written`, with each pair both ways."""
+def write_findings(name: str, outcomes: Mapping[Pair, str]) -> list[Finding]:
+    """Of `write_outcomes`, with each pair both ways."""
 
     def finding(problem: str, pairs: str) -> Finding:
         if not problem:
@@ -160,30 +166,35 @@ def written_findings(name: str, outcomes: Mapping[Pair, str]) -> list[Finding]:
             # NCCL writes the same way, so it would be wrong too.
             advice = "turn PCIe ACS off or the IOMMU to pass-through; NCCL_P2P_DISABLE=1 avoids it"
             return Finding(name, Verdict.PROBLEM, f"{pairs}: {problem}", advice)
-        advice = "NCCL is taken there, over what it finds; containers need a common IPC namespace"
+        advice = (
+            "ranks with such a pair among them all take NCCL, over what it finds; containers need a "
+            "common IPC namespace"
+        )
         return Finding(name, Verdict.WARNING, f"{pairs}: {problem}", advice)
 
     return _by_outcome(_both_ways(outcomes), finding)
 
 
-def transport_findings(
+def transport_finding(
     num_devices: int, peer_access: Mapping[Pair, str], cuda_ipc: Mapping[Pair, str]
-) -> list[Finding]:
-    """What each pair of ranks on GPUs gets."""
+) -> Finding:
+    """What ranks on all of these GPUs get: "peer" where every pair allows it, else "nccl" all of them.
+
+    Of `write_outcomes`, twice. Ranks decide it together when they join, the same way.
+    """
+    name = "ranks on GPUs"
     if num_devices == 1:
-        found = "one GPU exchanges with nobody: colrow serve --tp 1"
-        return [Finding("ranks on GPUs", Verdict.OK, found)]
+        return Finding(name, Verdict.OK, "one GPU exchanges with nobody: colrow serve --tp 1")
     by_peer, by_ipc = _both_ways(peer_access), _both_ways(cuda_ipc)
-    outcomes = {
-        pair: gpu_transport(not by_peer[pair], not by_ipc[pair])
-        for pair in combinations(range(num_devices), 2)
-    }
-    return _by_outcome(
-        outcomes,
-        lambda transport, pairs: Finding(
-            "ranks on GPUs", Verdict.OK, f"{pairs}: exchange over {transport}"
-        ),
-    )
+    failing = [pair for pair in by_peer if by_peer[pair] or by_ipc[pair]]
+    if failing:
+        pairs = _names(failing, len(by_peer))
+        found = f"all exchange over nccl, for {pairs} can't write to each other's memory"
+    elif num_devices > MAX_PEERS:
+        found = f"exchange over peer up to --tp {MAX_PEERS}, beyond that over nccl"
+    else:
+        found = "exchange over peer"
+    return Finding(name, Verdict.OK, found)
 
 
 def nccl_library_finding(trial: Trial, num_devices: int) -> Finding:
@@ -233,8 +244,12 @@ def _by_outcome(
         pairs.setdefault(outcome, []).append(pair)
     findings = []
     for outcome, having in pairs.items():
-        named = ", ".join(f"cuda:{one}-{other}" for one, other in having)
-        if len(pairs) == 1 and len(having) > 1:
-            named = f"all {len(having)} pairs"
-        findings.append(finding(outcome, named))
+        findings.append(finding(outcome, _names(having, len(outcomes))))
     return findings
+
+
+def _names(pairs: Sequence[Pair], num_pairs: int) -> str:
+    """Of some out of so many pairs."""
+    if len(pairs) == num_pairs > 1:
+        return f"all {num_pairs} pairs"
+    return ", ".join(f"cuda:{one}-{other}" for one, other in pairs)

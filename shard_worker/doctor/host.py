@@ -23,11 +23,6 @@ DEMO_MEMORY_BYTES = 2048 * MIB
 """What the demo model over two ranks and its coordinator take, rounded up."""
 
 
-def num_driver_gpus() -> int:
-    """The GPUs in the driver's own list, which needs no CUDA."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
 def cores() -> Finding:
     count = len(os.sched_getaffinity(0))
     if count < 2:

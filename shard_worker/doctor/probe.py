@@ -176,7 +176,7 @@ def devices(probe: Probe) -> None:
                 total_bytes=total,
             )
         except (RuntimeError, ArithmeticError) as error:
-            probe.tell(index=index, error=_said(error))
+            probe.tell(index=index, error=_first_line(error))
 
 
 def peer_access(probe: Probe) -> None:
@@ -201,7 +201,7 @@ def peer_access(probe: Probe) -> None:
                 torch.cuda.synchronize(owner)
                 probe.tell(writer=writer, owner=owner, arrived=torch.equal(target.cpu(), pattern))
             except RuntimeError as error:
-                probe.tell(writer=writer, owner=owner, error=_said(error))
+                probe.tell(writer=writer, owner=owner, error=_first_line(error))
 
 
 def cuda_ipc(probe: Probe) -> None:
@@ -228,7 +228,7 @@ def cuda_ipc(probe: Probe) -> None:
             runtime.deviceSynchronize()
             runtime.ipcCloseMemHandle(opened)
         except runtime.CUDARuntimeError as error:
-            probe.tell(writer=probe.rank, owner=owner, error=_said(error))
+            probe.tell(writer=probe.rank, owner=owner, error=_first_line(error))
     probe.exchange("written")
     found = torch.empty(_WRITTEN_BYTES, dtype=torch.uint8)
     for writer in others:
@@ -268,7 +268,7 @@ def _pattern(writer: int) -> Any:
     return ((5 * torch.arange(_WRITTEN_BYTES) + 31 * writer) % 251 + 1).to(torch.uint8)
 
 
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of an error: CUDA's go on with advice on debugging kernels."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
@@ -291,7 +291,7 @@ def main(name: str, folder: str, rank: str, size: str, timeout_s: str, *argument
         PROBES[name](probe)
     except Exception as error:
         # Broad, because it is the doctor's business to tell what goes wrong, whatever it is.
-        probe.tell(failure=f"{type(error).__name__}: {_said(error)}")
+        probe.tell(failure=f"{type(error).__name__}: {_first_line(error)}")
         return 1
     return 0
 

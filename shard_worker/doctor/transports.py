@@ -22,7 +22,7 @@ def all_reduce_finding(
     )
 
 
-def cpu_transport(works: dict[str, bool]) -> Finding:
+def cpu_transport_finding(works: dict[str, bool]) -> Finding:
     """What ranks on CPUs of this host get, by whether "shm" and "gloo" work."""
     name = "ranks on CPUs"
     if works["shm"]:
@@ -35,8 +35,3 @@ def cpu_transport(works: dict[str, bool]) -> Finding:
             "serve with --transport gloo",
         )
     return Finding(name, Verdict.PROBLEM, "can't exchange", "serve with --tp 1, or mend the above")
-
-
-def gpu_transport(peer_access: bool, cuda_ipc: bool) -> str:
-    """Between two GPUs of a host, by whether writing into each other's memory works, both ways."""
-    return "peer" if peer_access and cuda_ipc else "nccl"

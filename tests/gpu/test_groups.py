@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
 from shard_worker.communicator import CommunicatorTimeout, Link
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import PeerCommunicator
 from shard_worker.communicator.peer_sums import PeerMemory
-from tests.gpu.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
 
 pytestmark = pytest.mark.timeout(240)
 

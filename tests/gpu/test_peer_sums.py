@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.peer_sums import PeerMemory, PeerSums
-from tests.gpu.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -303,7 +303,7 @@ def check_steady(measurement: dict[str, Any]) -> None:
 
 def test_bench_says_what_is_wrong_before_it_measures(served: RunningCluster) -> None:
     for flags, complaint in (
-        (("--tp", "2"), "leave out MODEL, --tp and --dtype"),
+        (("--tp", "2"), "leave out MODEL, --tp, --device and --dtype"),
         (("--batch", "one"), "batch = 'one'"),
         (("--prompt", "100000"), "prompt = 100000: the context holds 8192"),
         (("--json", "/no/such/folder/x.json"), "its folder does not exist"),

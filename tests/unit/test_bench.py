@@ -1,6 +1,7 @@
 """The statistics of `colrow bench`, what it refuses to count, and how it sends requests."""
 
 import asyncio
+import importlib.metadata
 import io
 import itertools
 import json
@@ -14,7 +15,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client import bench as b
+from client.bench.distribution import Distribution, percentile
+from client.bench.measuring import Bench, Client, what_spoils
+from client.bench.report import Report, measured_on, report_data
+from client.bench.traces import Measurement, Repeat, Trace, steady_phase
+from client.bench.workload import (
+    Workload,
+    fresh_prompts,
+    measure,
+    parse_counts,
+    parse_rates,
+    poisson_gaps,
+)
 from client.bench_view import BenchProgress, report_tables
 from client.grpc_client import Piece
 from colrow.errors import Unavailable
@@ -22,8 +34,8 @@ from colrow.v1 import control_service_pb2 as control_pb
 from colrow.v1 import inference_service_pb2 as inference_pb
 
 
-def trace(*arrivals: tuple[float, int], sent: float = 0.0, error: str | None = None) -> b.Trace:
-    return b.Trace(sent, arrivals[-1][0] if arrivals else sent + 1.0, arrivals, error)
+def trace(*arrivals: tuple[float, int], sent: float = 0.0, error: str | None = None) -> Trace:
+    return Trace(sent, arrivals[-1][0] if arrivals else sent + 1.0, arrivals, error)
 
 
 def model(context_length: int = 8192) -> inference_pb.GetModelResponse:
@@ -43,12 +55,12 @@ def model(context_length: int = 8192) -> inference_pb.GetModelResponse:
 @pytest.mark.parametrize("q", [0, 50, 90, 99, 100])
 def test_percentiles_are_those_of_numpy(count: int, q: float) -> None:
     values = [random.Random(count).random() for _ in range(count)]
-    assert b.percentile(values, q) == pytest.approx(np.percentile(values, q))
+    assert percentile(values, q) == pytest.approx(np.percentile(values, q))
 
 
 def test_a_distribution_of_nothing_is_none() -> None:
-    assert b.Distribution.of([]) is None
-    known = b.Distribution.of([3.0, 1.0, 2.0])
+    assert Distribution.of([]) is None
+    known = Distribution.of([3.0, 1.0, 2.0])
     assert known is not None
     assert (known.count, known.min, known.p50, known.max, known.mean) == (3, 1.0, 2.0, 3.0, 2.0)
 
@@ -70,7 +82,7 @@ def test_tokens_that_come_with_the_first_do_not_make_the_rest_faster() -> None:
 def test_decoding_speed_counts_tokens_after_the_slowest_first_one() -> None:
     early = trace((1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1))
     late = trace((2.0, 1), (3.0, 1), (4.0, 1), (5.0, 1))
-    repeat = b.Repeat((early, late))
+    repeat = Repeat((early, late))
     # After 2.0: two of the early one and three of the late one, in three seconds.
     assert repeat.decode_tokens_per_s == pytest.approx(5 / 3)
     assert repeat.slowest_ttft_s == pytest.approx(2.0)
@@ -79,11 +91,11 @@ def test_decoding_speed_counts_tokens_after_the_slowest_first_one() -> None:
 
 def test_a_failed_request_leaves_no_decoding_speed_and_counts_for_no_throughput() -> None:
     good, bad = trace((1.0, 1), (2.0, 1)), trace((1.0, 1), error="UNAVAILABLE: gone")
-    repeat = b.Repeat((good, bad))
+    repeat = Repeat((good, bad))
     assert repeat.decode_tokens_per_s is None
     assert repeat.requests_per_s == pytest.approx(1 / 2.0)
     assert repeat.tokens_per_s == pytest.approx(2 / 2.0)
-    measured = b.Measurement("throughput", 1, 4, 2, (repeat,))
+    measured = Measurement("throughput", 1, 4, 2, (repeat,))
     assert measured.errors == ["UNAVAILABLE: gone"]
     assert measured.ttft_s is not None
     assert measured.ttft_s.count == 1
@@ -91,9 +103,9 @@ def test_a_failed_request_leaves_no_decoding_speed_and_counts_for_no_throughput(
 
 def test_peak_concurrency_is_the_most_at_one_time() -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0), (2.5, 2.6)]
-    repeat = b.Repeat(tuple(b.Trace(sent, ended) for sent, ended in spans))
+    repeat = Repeat(tuple(Trace(sent, ended) for sent, ended in spans))
     assert repeat.peak_concurrency == 3
-    in_a_row = b.Repeat((b.Trace(0.0, 1.0), b.Trace(1.0, 2.0)))
+    in_a_row = Repeat((Trace(0.0, 1.0), Trace(1.0, 2.0)))
     assert in_a_row.peak_concurrency == 1
 
 
@@ -122,7 +134,7 @@ def answer(
 def test_an_answer_that_is_not_what_was_asked_for_is_a_failure(
     pieces: Sequence[Piece], complaint: str | None
 ) -> None:
-    found = b.problem(pieces, num_prompt=3, num_tokens=4)
+    found = what_spoils(pieces, num_prompt=3, num_tokens=4)
     assert found is None if complaint is None else complaint in (found or "")
 
 
@@ -150,7 +162,7 @@ BATCH = [
 
 def test_the_control_planes_share_is_what_the_slowest_rank_waits_in_a_step() -> None:
     before, after = (0.61, cluster(11, (70_000, 95_000))), (0.81, cluster(31, (210_000, 255_000)))
-    steady = b.steady_phase(BATCH, before, after)
+    steady = steady_phase(BATCH, before, after)
     assert steady is not None
     assert steady.steps == 20
     assert steady.period_s == pytest.approx(0.01)
@@ -163,7 +175,7 @@ def test_a_step_under_way_at_a_snapshot_changes_nothing() -> None:
     """Rank 1 has ended one step more than rank 0: each is counted for the steps that it has ended."""
     before, after = cluster(11, (0, 0)), cluster(31, (160_000, 168_000))
     after.workers[1].last_step_id += 1
-    steady = b.steady_phase(BATCH, (0.61, before), (0.81, after))
+    steady = steady_phase(BATCH, (0.61, before), (0.81, after))
     assert steady is not None
     assert steady.busy_s == pytest.approx(0.008)
 
@@ -179,13 +191,13 @@ def test_a_step_under_way_at_a_snapshot_changes_nothing() -> None:
     ],
 )
 def test_where_the_batch_does_not_decode_alone_nothing_is_said(after: control_pb.Cluster) -> None:
-    assert b.steady_phase(BATCH, (0.61, cluster(11, (0, 0))), (0.81, after)) is None
+    assert steady_phase(BATCH, (0.61, cluster(11, (0, 0))), (0.81, after)) is None
 
 
 def test_a_batch_whose_requests_do_not_overlap_has_no_steady_phase() -> None:
     apart = [BATCH[0], trace((2.0, 1), (2.1, 1))]
     before, after = (0.61, cluster(11, (0, 0))), (0.81, cluster(31, (1, 1)))
-    assert b.steady_phase(apart, before, after) is None
+    assert steady_phase(apart, before, after) is None
 
 
 # --- sending ----------------------------------------------------------------------------------
@@ -223,8 +235,8 @@ class FakeServer:
         return cluster(steps, [steps * self._busy_us] * 2, running=self._running)
 
 
-def prompts_of(server: FakeServer) -> b.Bench:
-    return b.Bench(cast(b.Client, server), b.fresh_prompts(model()))
+def prompts_of(server: FakeServer) -> Bench:
+    return Bench(cast(Client, server), fresh_prompts(model()))
 
 
 async def test_a_batch_is_sent_at_once_with_lengths_that_are_fixed() -> None:
@@ -263,17 +275,17 @@ async def test_requests_are_sent_when_due_whether_others_have_ended_or_not() -> 
 
 
 def test_arrivals_are_poisson_and_the_same_for_a_seed() -> None:
-    gaps = b.poisson_gaps(4.0, 20_000, random.Random(1))
-    assert gaps == b.poisson_gaps(4.0, 20_000, random.Random(1))
+    gaps = poisson_gaps(4.0, 20_000, random.Random(1))
+    assert gaps == poisson_gaps(4.0, 20_000, random.Random(1))
     assert gaps[0] == 0
     # An exponential distribution has its mean as its standard deviation.
     assert np.mean(gaps) == pytest.approx(1 / 4, rel=0.03)
     assert np.std(gaps) == pytest.approx(1 / 4, rel=0.05)
-    assert b.poisson_gaps(math.inf, 3, random.Random(1)) == [0, 0, 0]
+    assert poisson_gaps(math.inf, 3, random.Random(1)) == [0, 0, 0]
 
 
 def test_prompts_are_never_the_same_and_have_no_end_in_them() -> None:
-    draws = [new(64) for new in (b.fresh_prompts(model()), b.fresh_prompts(model())) * 20]
+    draws = [new(64) for new in (fresh_prompts(model()), fresh_prompts(model())) * 20]
     assert all(one[:16] != other[:16] for one, other in itertools.combinations(draws, 2))
     drawn = set(itertools.chain(*draws))
     assert not drawn & {2, 7}
@@ -284,44 +296,44 @@ def test_prompts_are_never_the_same_and_have_no_end_in_them() -> None:
 
 
 def test_lists_of_the_command_line() -> None:
-    assert b.parse_counts("batch", "1,8") == (1, 8)
-    assert b.parse_counts("batch", None) == ()
-    assert b.parse_rates("0.5,inf") == (0.5, math.inf)
+    assert parse_counts("batch", "1,8") == (1, 8)
+    assert parse_counts("batch", None) == ()
+    assert parse_rates("0.5,inf") == (0.5, math.inf)
     with pytest.raises(ValueError, match="batch = '1,x'"):
-        b.parse_counts("batch", "1,x")
+        parse_counts("batch", "1,x")
     with pytest.raises(ValueError, match="rate = 'fast'"):
-        b.parse_rates("fast")
+        parse_rates("fast")
 
 
 @pytest.mark.parametrize(
     ("workload", "complaint"),
     [
-        (b.Workload(batches=(0,)), "batch = 0"),
-        (b.Workload(rates=(-1.0,)), "rate = -1"),
-        (b.Workload(rates=(math.nan,)), "rate = nan"),
-        (b.Workload(prompts=(512,)), "prompt = 512"),
-        (b.Workload(batches=(1,), input_tokens=500, output_tokens=64), "input-tokens = 500"),
+        (Workload(batches=(0,)), "batch = 0"),
+        (Workload(rates=(-1.0,)), "rate = -1"),
+        (Workload(rates=(math.nan,)), "rate = nan"),
+        (Workload(prompts=(512,)), "prompt = 512"),
+        (Workload(batches=(1,), input_tokens=500, output_tokens=64), "input-tokens = 500"),
     ],
 )
 def test_what_the_model_cannot_do_is_named_before_anything_is_sent(
-    workload: b.Workload, complaint: str
+    workload: Workload, complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         workload.check(model(context_length=512))
 
 
-def report(server: FakeServer, workload: b.Workload) -> tuple[b.Report, list[tuple[str, int, int]]]:
+def report(server: FakeServer, workload: Workload) -> tuple[Report, list[tuple[str, int, int]]]:
     told: list[tuple[str, int, int]] = []
 
     def on_progress(name: str, done: int, total: int) -> None:
         told.append((name, done, total))
 
-    measured = asyncio.run(b.measure(prompts_of(server), workload, on_progress))
-    about = b.measured_on(model(), cluster(0, (0, 0)))
-    return b.Report(about, workload, server_idle=False, measurements=measured), told
+    measured = asyncio.run(measure(prompts_of(server), workload, on_progress))
+    about = measured_on(model(), cluster(0, (0, 0)))
+    return Report(about, workload, server_idle=False, measurements=measured), told
 
 
-WORKLOAD = b.Workload(
+WORKLOAD = Workload(
     batches=(1, 2),
     prompts=(20,),
     rates=(200.0, math.inf),
@@ -356,7 +368,7 @@ def test_a_report_is_json_with_every_request_of_every_repeat() -> None:
     server = FakeServer(step_s=0.001)
     server.failing = {0, 1}  # of the first batch the warm-up and the first repeat
     made, _ = report(server, WORKLOAD)
-    data = json.loads(json.dumps(b.report_data(made), allow_nan=False))
+    data = json.loads(json.dumps(report_data(made), allow_nan=False))
     assert data["settings"]["rates"] == [200.0, "inf"]
     assert data["measured_on"]["model"] == "tiny"
     first = data["measurements"][0]
@@ -367,6 +379,21 @@ def test_a_report_is_json_with_every_request_of_every_repeat() -> None:
             for request in repeat["requests"]:
                 came = sum(count for _, count in request["arrivals"])
                 assert came == (0 if request["error"] else measurement["output_tokens"])
+
+
+def test_a_client_without_torch_measures_and_leaves_its_version_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "torch":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return known(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    packages = measured_on(model(), cluster(0, (0, 0)))["client"]["packages"]
+    assert set(packages) == {"grpcio", "protobuf", "numpy"}
 
 
 def test_tables_show_every_part_and_what_failed() -> None:

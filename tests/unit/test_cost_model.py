@@ -79,7 +79,7 @@ def test_all_reduces_between_two_gpus_come_out_within_15_percent(
 
 @pytest.mark.parametrize(
     ("batch", "steps_per_s", "within"),
-    # The first was fitted to; the others are a check. docs/scaling.md has these.
+    # The first was fitted to; the others are a check. benchmarks/results has what was measured later.
     [(1, 233.5, 0.01), (8, 207.6, 0.02), (32, 193.3, 0.05), (128, 137.5, 0.09)],
 )
 def test_steps_of_one_gpu_come_out_as_measured(

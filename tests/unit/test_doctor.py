@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from colrow import MAX_PEERS
 from colrow.finding import Finding, Verdict
+from colrow.gpus import HostGpus
 from shard_worker.doctor import __main__ as doctor
 from shard_worker.doctor import gpus, host, topology, transports
 from shard_worker.doctor.topology import SmiGpu
@@ -107,7 +109,7 @@ class TestTopology:
 class TestDevices:
     def test_a_gpu_that_works(self) -> None:
         trial = told({"num_devices": 1, "driver_cuda": 13010}, gpu(0))
-        (finding,) = gpus.device_findings(trial, SMI, "13.0", 1)
+        (finding,) = gpus.device_findings(trial, SMI, "13.0", HostGpus(1))
         assert (finding.name, finding.verdict, finding.advice) == ("cuda:0", Verdict.OK, "")
         for part in (
             *("NVIDIA H200", "138.0 of 140.0 GiB", "capability 9.0"),
@@ -117,12 +119,12 @@ class TestDevices:
 
     def test_one_that_fails_hides_no_other(self) -> None:
         broken = {"index": 0, "error": "CUDA error: no kernel image is available"}
-        findings = gpus.device_findings(told(broken, gpu(1, "bb")), SMI, "13.0", 2)
+        findings = gpus.device_findings(told(broken, gpu(1, "bb")), SMI, "13.0", HostGpus(2))
         assert [f.verdict for f in findings] == [Verdict.PROBLEM, Verdict.OK]
 
     def test_a_driver_that_hangs_is_a_problem_after_those_that_answered(self) -> None:
         trial = told({"num_devices": 2}, gpu(0), failure="did not end within 60 s")
-        first, second = gpus.device_findings(trial, SMI, "13.0", 2)
+        first, second = gpus.device_findings(trial, SMI, "13.0", HostGpus(2))
         assert first.verdict is Verdict.OK
         assert second.verdict is Verdict.PROBLEM
         assert "did not end within 60 s (after 1 GPUs)" in second.found and second.advice
@@ -147,7 +149,7 @@ class TestDevices:
     def test_a_gpu_that_is_not_free_to_use(
         self, smi: SmiGpu, free: float, verdict: Verdict, advice: str
     ) -> None:
-        (finding,) = gpus.device_findings(told(gpu(0, free=free)), [smi], "13.0", 1)
+        (finding,) = gpus.device_findings(told(gpu(0, free=free)), [smi], "13.0", HostGpus(1))
         assert finding.verdict is verdict
         assert advice in finding.advice
 
@@ -155,9 +157,21 @@ class TestDevices:
     def test_no_gpu_is_a_problem_where_the_driver_has_one(
         self, num_gpus: int, verdict: Verdict
     ) -> None:
-        (finding,) = gpus.device_findings(told({"num_devices": 0}), [], "13.0", num_gpus)
+        (finding,) = gpus.device_findings(told({"num_devices": 0}), [], "13.0", HostGpus(num_gpus))
         assert finding.verdict is verdict
         assert bool(finding.advice) is bool(num_gpus)
+
+    @pytest.mark.parametrize(
+        ("visible_devices", "seen"), [("", []), ("1", [gpu(0, "bb")]), ("-1,0", [])]
+    )
+    def test_gpus_that_the_environment_hides_are_no_fault_of_the_driver(
+        self, visible_devices: str, seen: list[dict[str, Any]]
+    ) -> None:
+        trial = told({"num_devices": len(seen)}, *seen)
+        *others, hidden = gpus.device_findings(trial, SMI, "13.0", HostGpus(2, visible_devices))
+        assert "driver is not there" not in str(others)
+        assert all(finding.verdict is not Verdict.PROBLEM for finding in others)
+        assert hidden.found == f"CUDA_VISIBLE_DEVICES = {visible_devices!r} shows {len(seen)} of 2"
 
     def test_torch_for_cpus_is_a_problem_where_there_are_gpus(self) -> None:
         trial = told({"version": "2.13.0+cpu", "cuda": None})
@@ -199,9 +213,9 @@ class TestPairs:
             {"writer": 0, "owner": 1, "arrived": True},
             {"writer": 1, "owner": 0, "arrived": True},
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes == {(0, 1): "", (1, 0): ""}
-        (finding,) = gpus.written_findings("peer access", outcomes)
+        (finding,) = gpus.write_findings("peer access", outcomes)
         assert finding.verdict is Verdict.OK and "written and verified" in finding.found
 
     @pytest.mark.parametrize("lost", [(0, 1), (1, 0)])
@@ -210,9 +224,9 @@ class TestPairs:
             {"writer": writer, "owner": owner, "arrived": (writer, owner) != lost}
             for writer, owner in [(0, 1), (1, 0)]
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes[lost] == gpus.LOST
-        (finding,) = gpus.written_findings("peer access", outcomes)
+        (finding,) = gpus.write_findings("peer access", outcomes)
         assert finding.verdict is Verdict.PROBLEM and "ACS" in finding.advice
 
     def test_a_handle_that_can_not_be_opened_is_why_nothing_arrived(self) -> None:
@@ -221,35 +235,36 @@ class TestPairs:
             {"writer": 1, "owner": 0, "arrived": True},
             {"writer": 0, "owner": 1, "arrived": False},
         ]
-        outcomes = gpus.written(lines, 2, "")
+        outcomes = gpus.write_outcomes(lines, 2, "")
         assert outcomes == {(0, 1): "cudaErrorMapBufferObjectFailed", (1, 0): ""}
-        (finding,) = gpus.written_findings("CUDA IPC", outcomes)
+        (finding,) = gpus.write_findings("CUDA IPC", outcomes)
         assert finding.verdict is Verdict.WARNING and "cudaErrorMap" in finding.found
 
     def test_pairs_after_one_that_hangs_fail_with_the_reason(self) -> None:
         lines = [{"writer": 0, "owner": 1, "arrived": True}]
-        outcomes = gpus.written(lines, 2, "did not end within 60 s")
+        outcomes = gpus.write_outcomes(lines, 2, "did not end within 60 s")
         assert outcomes == {(0, 1): "", (1, 0): "did not end within 60 s"}
 
-    @pytest.mark.parametrize(
-        ("peer_access", "cuda_ipc", "transport"),
-        [(True, True, "peer"), (True, False, "nccl"), (False, True, "nccl")],
-    )
-    def test_the_transport_of_a_pair(
-        self, peer_access: bool, cuda_ipc: bool, transport: str
-    ) -> None:
-        assert transports.gpu_transport(peer_access, cuda_ipc) == transport
+    def test_ranks_take_peer_where_every_pair_can_write_and_else_all_of_them_nccl(self) -> None:
+        works = dict.fromkeys(permutations(range(4), 2), "")
+        assert gpus.transport_finding(4, works, works).found == "exchange over peer"
+        one_way = works | {(2, 1): "no"}
+        for by_peer, by_ipc in ((one_way, works), (works, one_way), (one_way, one_way)):
+            found = gpus.transport_finding(4, by_peer, by_ipc).found
+            assert found.startswith("all exchange over nccl, for cuda:1-2 can't write")
+        found = gpus.transport_finding(4, one_way, works | {(0, 3): gpus.LOST}).found
+        assert found.startswith("all exchange over nccl, for cuda:0-3, cuda:1-2 can't write")
+        none = dict.fromkeys(works, "no")
+        found = gpus.transport_finding(4, none, works).found
+        assert found.startswith("all exchange over nccl, for all 6 pairs can't write")
 
-    def test_a_pair_that_can_be_written_one_way_only_takes_nccl(self) -> None:
-        works = {(0, 1): "", (1, 0): ""}
-        (finding,) = gpus.transport_findings(2, works, works)
-        assert finding.found == "cuda:0-1: exchange over peer"
-        (finding,) = gpus.transport_findings(2, works, works | {(1, 0): "no"})
-        assert finding.found == "cuda:0-1: exchange over nccl"
+    def test_more_ranks_than_peers_can_be_take_nccl(self) -> None:
+        works = dict.fromkeys(permutations(range(MAX_PEERS + 1), 2), "")
+        found = gpus.transport_finding(MAX_PEERS + 1, works, works).found
+        assert found == "exchange over peer up to --tp 8, beyond that over nccl"
 
     def test_one_gpu_has_nobody_to_exchange_with(self) -> None:
-        (finding,) = gpus.transport_findings(1, {}, {})
-        assert "--tp 1" in finding.found
+        assert "--tp 1" in gpus.transport_finding(1, {}, {}).found
 
 
 class TestLibraries:
@@ -338,7 +353,7 @@ class TestHost:
     def test_ranks_on_cpus_take_shm_unless_told_otherwise(
         self, shm: bool, gloo: bool, verdict: Verdict
     ) -> None:
-        finding = transports.cpu_transport({"shm": shm, "gloo": gloo})
+        finding = transports.cpu_transport_finding({"shm": shm, "gloo": gloo})
         assert finding.verdict is verdict
         assert ("--transport gloo" in finding.advice) is (gloo and not shm)
 
@@ -380,7 +395,7 @@ class TestGpusTogether:
         return trials
 
     def test_two_gpus_in_order(self, trials: dict[str, list[Trial]]) -> None:
-        findings = list(doctor._gpus("13.0", 2))
+        findings = list(doctor._gpus("13.0", HostGpus(2)))
         assert [(finding.name, finding.verdict) for finding in findings] == [
             ("cuda:0", Verdict.OK),
             ("cuda:1", Verdict.OK),
@@ -394,22 +409,24 @@ class TestGpusTogether:
             ("ranks on GPUs", Verdict.OK),
         ]
         assert findings[-2].found.startswith("an all-reduce over 2 ranks verified; 13 µs for 8 KiB")
-        assert findings[-1].found == "cuda:0-1: exchange over peer"
+        assert findings[-1].found == "exchange over peer"
 
     def test_where_ipc_hangs_all_else_is_said_and_nccl_is_taken(
         self, trials: dict[str, list[Trial]]
     ) -> None:
         trials["cuda_ipc"] = [told(failure="did not end within 60 s")] * 2
-        findings = {finding.name: finding for finding in doctor._gpus("13.0", 2)}
+        findings = {finding.name: finding for finding in doctor._gpus("13.0", HostGpus(2))}
         assert findings["CUDA IPC"].verdict is Verdict.WARNING
         assert "did not end within 60 s" in findings["CUDA IPC"].found
-        assert findings["ranks on GPUs"].found == "cuda:0-1: exchange over nccl"
+        assert findings["ranks on GPUs"].found.startswith(
+            "all exchange over nccl, for cuda:0-1 can"
+        )
 
     def test_one_gpu_is_tried_with_no_other(self, trials: dict[str, list[Trial]]) -> None:
         trials["devices"] = [told({"num_devices": 1, "driver_cuda": 13000}, gpu(0))]
         for needs_two in ("peer_access", "cuda_ipc", "nccl"):
             del trials[needs_two]
-        names = [finding.name for finding in doctor._gpus("13.0", 1)]
+        names = [finding.name for finding in doctor._gpus("13.0", HostGpus(1))]
         assert names == ["cuda:0", "Triton", "FlashInfer", "NCCL", "ranks on GPUs"]
 
     def test_beside_a_broken_gpu_nothing_between_gpus_is_tried(
@@ -417,7 +434,7 @@ class TestGpusTogether:
     ) -> None:
         broken = {"index": 1, "error": "CUDA error: device is busy"}
         trials["devices"] = [told({"num_devices": 2, "driver_cuda": 13000}, gpu(0), broken)]
-        findings = list(doctor._gpus("13.0", 2))
+        findings = list(doctor._gpus("13.0", HostGpus(2)))
         assert [f.verdict for f in findings] == [Verdict.OK, Verdict.PROBLEM]
 
 
@@ -502,7 +519,7 @@ class TestCudaIpc:
     def outcomes(self) -> dict[tuple[int, int], str]:
         ranks = try_out("cuda_ipc", "0", "1", "2", ranks=3)
         assert failure_of(ranks) == ""
-        return gpus.written([line for rank in ranks for line in rank.told], 3, "")
+        return gpus.write_outcomes([line for rank in ranks for line in rank.told], 3, "")
 
     def test_every_rank_finds_what_every_other_one_wrote(self) -> None:
         assert self.outcomes() == dict.fromkeys(permutations(range(3), 2), "")

@@ -3,10 +3,12 @@
 import socket
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 import pytest
 from rich.console import Console
 
+from client import doctor
 from client.doctor import demo_model_finding, findings_of, port_finding
 from client.doctor_view import findings_data, findings_summary, findings_table
 from colrow.finding import Finding, Verdict
@@ -104,3 +106,24 @@ def test_an_end_in_the_middle_is_a_problem_with_the_last_words() -> None:
     assert finding.verdict is Verdict.PROBLEM and "exit code 3" in finding.found
     (finding,) = findings_of(command("import sys; print('no', file=sys.stderr); sys.exit(7)"), 30)
     assert finding.found.endswith("exit code 7: no")
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags"), [(None, []), ("", ["--visible-devices="]), ("1", ["--visible-devices=1"])]
+)
+def test_the_workers_side_is_told_which_gpus_are_visible(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, flags: list[str]
+) -> None:
+    commands: list[Sequence[str]] = []
+
+    def findings_of(command: Sequence[str], silence_timeout_s: float) -> Iterator[Finding]:
+        commands.append(command)
+        return iter(())
+
+    monkeypatch.setattr(doctor, "findings_of", findings_of)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    list(doctor.examine("127.0.0.1", 0, 0))
+    (command,) = commands
+    assert command[command.index("--json") + 1 :] == flags

@@ -67,6 +67,7 @@ def uses(name: str, module: str) -> bool:
         ("shard_worker", ("coordinator", "client", "transformers", "tokenizers", "tests")),
         ("client", ("torch", "cupy", "transformers", "tests")),
         ("protos/colrow", ("coordinator", "shard_worker", "client", "torch", "tests")),
+        ("benchmarks", ("tests",)),
     ],
 )
 def test_a_package_does_not_import_what_is_not_its_business(

@@ -1,5 +1,6 @@
 """benchmarks/serving.py: which clusters it starts, and what its tables say."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from benchmarks import serving
 from benchmarks import serving_results as results
 from benchmarks.predict_scaling import LLAMA_8B
 from benchmarks.serving import CPU, Machine, Setup
+from colrow.gpus import HostGpus
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 
@@ -88,7 +90,7 @@ def test_a_row_has_speed_ups_and_below_it_predictions_and_targets() -> None:
     assert head[-1] == "tokens/s, 512 requests at once"
     assert one == ["1", "single", "4.30", "4.80", "9.0", "-"]
     assert two == [*("2", "auto (peer)", "2.50 (1.72x)", "3.20 (1.50x) **missed**", "-", "17,000")]
-    assert predicted == ["", "predicted", "2.67", "3.06", "6.3", "-"]
+    assert predicted == ["", "predicted", "2.67 (+6.8%)", "3.06 (-4.4%)", "6.3", "-"]
     assert wanted == [
         *("", "must / aim", "2.80 / 2.10", "3.10 / 2.40", "7.0 / 4.0", "16,500 / 21,000")
     ]
@@ -116,8 +118,28 @@ def test_70b_is_compared_with_two_ranks() -> None:
     assert any("10.00 (1.80x)" in line for line in lines)
 
 
+def stored() -> dict[str, Any]:
+    """One H200 and the 8B shapes, which were measured with the command's defaults."""
+    name = results.file_name("8b", 1, results.SINGLE, H200.device)
+    found: dict[str, Any] = json.loads((serving.RESULTS / name).read_text())
+    return found
+
+
+def test_the_docs_say_how_far_off_predictions_were_as_it_was_measured() -> None:
+    said = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert "\n".join(["", *results.speed_table([stored()]), ""]) in said
+
+
+def test_todays_cost_model_predicts_what_the_stored_results_have_beside_them() -> None:
+    one = Setup("8b", LLAMA_8B, 1, results.SINGLE)
+    plan = make_plan(model_spec(LLAMA_8B), 1)
+    today = serving.predict(plan, one, H200, serving.parse([]))
+    for kind in ("tpot_s", "ttft_s"):
+        assert today[kind] == pytest.approx(stored()["predicted"][kind])
+
+
 def test_the_start_idle_time_and_communication_stand_beside_what_was_predicted() -> None:
-    head, _, row = map(cells, results.around_table([TWO]))
+    head, _, row = map(cells, results.overhead_table([TWO]))
     shown = dict(zip(head, row, strict=True))
     assert (shown["serves after, s"], shown["first token after, s"]) == ("11.0", "12.0")
     assert (shown["idle of a step, batch 1"], shown["idle of a step, batch 8"]) == ("3.1%", "-")
@@ -196,7 +218,19 @@ def test_what_takes_too_long_is_ended() -> None:
 def test_without_a_gpu_it_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for gpus in (HostGpus(0), HostGpus(2, "")):
+        monkeypatch.setattr(serving, "local_gpus", lambda gpus=gpus: gpus)
+        assert serving.main(["--shapes", "8b"]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': there is no GPU: .*\n", said)
+    assert "CUDA_VISIBLE_DEVICES = '' shows 0 of 2" in said
+
+
+def test_a_driver_that_tells_nothing_of_its_gpu_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "local_gpus", lambda: HostGpus(1))
     monkeypatch.setenv("PATH", "")
     assert serving.main(["--shapes", "8b"]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': there is no GPU: .*\n", said)
+    assert re.fullmatch(r"benchmarks\.serving: device = 'cuda': nvidia-smi .*\n", said)

@@ -294,6 +294,20 @@ def test_a_duration_has_the_unit_that_fits(seconds: float, shown: str) -> None:
 # --- communication ----------------------------------------------------------------------------
 
 
+def test_status_says_which_ranks_do_not_reach_each_other_as_they_should_and_why() -> None:
+    made = cluster(17)
+    link = shard_worker_service_pb2.Link
+    made.workers[0].description.links.add(rank=1, path="peer")
+    assert "reaches" not in text(*status_tables(made)), "a link that is as it should be"
+    made.workers[0].description.links[0].MergeFrom(
+        link(path="nccl", note="can't be written to [x]")
+    )
+    made.workers[1].description.links.add(rank=0, path="nccl", note="rank 0 can't reach its peers")
+    status = text(*status_tables(made))
+    assert "rank 0 reaches rank 1 by nccl: can't be written to [x]" in status
+    assert "rank 1 reaches rank 0 by nccl: rank 0 can't reach its peers" in status
+
+
 def rows(table: Table) -> str:
     return text(table)
 
