@@ -39,10 +39,12 @@ def device_problem(index: int, num_devices: int) -> str:
         return ""
     if not num_devices:
         return (
-            "torch sees no GPU: the NVIDIA driver is not there, too old, or not in this container"
+            "torch sees no GPU: the NVIDIA driver is not there, too old, or not in this container, or "
+            "CUDA_VISIBLE_DEVICES hides them"
         )
     last = num_devices - 1
-    return f"torch sees {num_devices} here, " + ("cuda:0" if not last else f"cuda:0 to cuda:{last}")
+    seen = "cuda:0" if not last else f"cuda:0 to cuda:{last}"
+    return f"torch sees {num_devices} here, {seen}; CUDA_VISIBLE_DEVICES may hide others"
 
 
 def cupy_packages() -> tuple[str, ...]:

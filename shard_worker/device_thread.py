@@ -55,7 +55,9 @@ class DeviceThread:
         self.device = device
         self._meter = meter
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
+        self._reader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="results", initializer=self._use
+        )
         self._memory = (0, 0)  # of a GPU: available, total
         self._looking: Future[None] | None = None
 
@@ -83,9 +85,15 @@ class DeviceThread:
         if problem:
             raise InvalidArgument("device", str(self.device), problem)
         try:
-            torch.cuda.set_device(self.device)
+            self._use()
         except RuntimeError as error:
             raise InvalidArgument("device", str(self.device), _first_line(error)) from error
+
+    def _use(self) -> None:
+        """Sets this thread's device, which is the first GPU until it is said: what waits for an event
+        there would make a context on that one, of half a gigabyte that no ledger knows of."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     async def run(
         self, function: Callable[[], T], *, unwanted: Callable[[T], None] | None = None

@@ -105,7 +105,11 @@ def test_a_torch_for_cpus_is_told_from_one_for_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("num_devices", "words"),
-    [(0, "sees no GPU"), (1, "torch sees 1 here, cuda:0"), (2, "cuda:0 to cuda:1")],
+    [
+        (0, "CUDA_VISIBLE_DEVICES hides them"),
+        (1, "torch sees 1 here, cuda:0;"),
+        (2, "cuda:0 to cuda:1"),
+    ],
 )
 def test_a_gpu_that_is_not_there_gets_those_that_are(num_devices: int, words: str) -> None:
     assert words in libraries.device_problem(num_devices, num_devices)
