@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import CommunicatorError, NormFusing, check_all_reduce
 from .nccl import NcclCommunicator
-from .peer_sums import CHUNK_BYTES, SLOT_BYTES, PeerMemory, PeerSums
+from .peer_sums import SLOT_BYTES, VECTOR_BYTES, PeerMemory, PeerSums
 
 __all__ = ["PeerCommunicator", "Reach", "choose_reach"]
 
@@ -138,13 +138,13 @@ class PeerCommunicator(NcclCommunicator):
     def all_reduce_path(self, num_bytes: int) -> str:
         """ "peer" or "nccl" """
         is_peer = self.reach.is_unbounded or self.reach.path(num_bytes) != "nccl"
-        return "peer" if is_peer and num_bytes % CHUNK_BYTES == 0 else "nccl"
+        return "peer" if is_peer and num_bytes % VECTOR_BYTES == 0 else "nccl"
 
     def norm_fusing(self, x: Tensor) -> NormFusing | None:
         """Itself, for what goes to peers in one piece."""
         row_bytes = x.shape[-1] * x.itemsize
         return (
-            self if row_bytes % CHUNK_BYTES == 0 and self.reach.path(x.nbytes) != "nccl" else None
+            self if row_bytes % VECTOR_BYTES == 0 and self.reach.path(x.nbytes) != "nccl" else None
         )
 
     def all_reduce_rms_norm(

@@ -23,12 +23,12 @@ from . import CommunicatorError, CommunicatorTimeout, Link
 from .gloo import GlooCommunicator
 from .nccl import use_device
 
-__all__ = ["CHUNK_BYTES", "SLOT_BYTES", "PeerMemory", "PeerSums", "plan_launch"]
+__all__ = ["SLOT_BYTES", "VECTOR_BYTES", "PeerMemory", "PeerSums", "plan_launch"]
 
 SLOT_BYTES = 16 * 2**20
 """What a rank can be sent by one other at a time."""
-CHUNK_BYTES = 16
-"""What is summed are whole chunks."""
+VECTOR_BYTES = 16
+"""What is summed are whole vectors: what a thread loads and stores at once."""
 TURNS = 3
 """Calls that a buffer has room for: see the kernel's source."""
 EMPTY = -0x7FFF8000
@@ -40,13 +40,13 @@ MAILBOX_WORDS, ABORTED, MISSING = 9, 0, 1
 _SOURCE = Path(__file__).with_name("peer_all_reduce.cu")
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MAX_THREADS = 1024
-_PLAIN_WIDTH = 512  # chunks of a block when rows mean nothing
+_PLAIN_WIDTH = 512  # vectors of a block when rows mean nothing
 _OFFER = struct.Struct("<64sQ")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the kernel is launched; `items` are the chunks of a thread, which it is compiled for."""
+    """How the kernel is launched; `items` are the vectors of a thread, which it is compiled for."""
 
     blocks: int
     threads: int
@@ -70,32 +70,32 @@ def plan_launch(
 ) -> Launch:
     """A launch of `peer_all_reduce`, whose source says what it does.
 
-    x, out: contiguous, whole chunks of 16 bytes, no more than fit a slot. residual, weight: both or
+    x, out: contiguous, whole vectors of 16 bytes, no more than fit a slot. residual, weight: both or
     neither. buffers: the address of each rank's memory. state, mailbox: int32, this rank's.
     """
-    chunks = x.nbytes // CHUNK_BYTES
-    assert 0 < x.nbytes <= SLOT_BYTES and x.nbytes % CHUNK_BYTES == 0, x.nbytes
-    width = _PLAIN_WIDTH if weight is None else weight.nbytes // CHUNK_BYTES
+    vectors = x.nbytes // VECTOR_BYTES
+    assert 0 < x.nbytes <= SLOT_BYTES and x.nbytes % VECTOR_BYTES == 0, x.nbytes
+    width = _PLAIN_WIDTH if weight is None else weight.nbytes // VECTOR_BYTES
     threads = min(-(-width // 32) * 32, _MAX_THREADS)
     arguments = (
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         out.data_ptr(),
-        np.uint32(chunks),
+        np.uint32(vectors),
         np.uint32(width),
         np.float32(eps),
         np.int32(two_shot),
         buffers[rank],
         *buffers,
         *[0] * (MAX_PEERS - len(buffers)),
-        np.uint32(SLOT_BYTES // CHUNK_BYTES),
+        np.uint32(SLOT_BYTES // VECTOR_BYTES),
         np.int32(rank),
         state.data_ptr(),
         mailbox.data_ptr(),
         np.uint64(timeout_s * 1e9),
     )
-    return Launch(-(-chunks // width), threads, -(-width // threads), arguments)
+    return Launch(-(-vectors // width), threads, -(-width // threads), arguments)
 
 
 class PeerMemory:
@@ -295,9 +295,11 @@ class PeerSums:
     ) -> None:
         """Queues a sum of x into `out`, which may be x; with residual and weight as `NormFusing` says.
 
-        Tensors are contiguous and begin at whole chunks; see `plan_launch`.
+        Tensors are contiguous and begin at whole vectors; see `plan_launch`.
         """
-        assert all(t is None or t.data_ptr() % CHUNK_BYTES == 0 for t in (x, out, residual, weight))
+        assert all(
+            t is None or t.data_ptr() % VECTOR_BYTES == 0 for t in (x, out, residual, weight)
+        )
         launch = plan_launch(
             x,
             out,
