@@ -9,7 +9,7 @@ import torch
 
 from colrow import MAX_PEERS
 from colrow.errors import InvalidArgument
-from shard_worker.communicator import Communicator
+from shard_worker.communicator import Communicator, CommunicatorAborted, check_wanted
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.peer import PeerCommunicator
@@ -77,7 +77,19 @@ class Joiner:
         self, group: Group, communicator_id: bytes, timeout_s: float, abandoned: threading.Event
     ) -> Communicator:
         """Meets the other ranks; blocks until all have come. Raises as the communicators' `join` do;
-        InvalidArgument for a transport or a size that this worker can't be in."""
+        InvalidArgument for a transport or a size that this worker can't be in. Once `abandoned` is set
+        no communicator is left: nobody would take it."""
+        comm = self._meet(group, communicator_id, timeout_s, abandoned)
+        try:
+            check_wanted(abandoned)
+        except CommunicatorAborted:
+            comm.close()
+            raise
+        return comm
+
+    def _meet(
+        self, group: Group, communicator_id: bytes, timeout_s: float, abandoned: threading.Event
+    ) -> Communicator:
         store, self._store = self._store, None
         match group.transport:
             case "single":
@@ -126,13 +138,15 @@ class Joiner:
         raise InvalidArgument("transport", group.transport, _TRANSPORTS)
 
     def offer(self, comm: Communicator) -> bytes:
-        """What other ranks need to open this one's memory; b"" where `comm` does not go through it."""
+        """What other ranks need to open this one's memory; b"" where `comm` does not go through it, or
+        where the device refuses it, which `comm.connect` tells."""
         if not isinstance(comm, PeerCommunicator):
             return b""
-        if self._peer_memory is None or self._peer_memory.size != comm.size:
+        memory = self._peer_memory
+        if memory is None or memory.size != comm.size or memory.problem:
             self.free()
-            self._peer_memory = PeerMemory.allocate(comm.size, self._device)
-        return comm.offer(self._peer_memory)
+            memory = self._peer_memory = PeerMemory.allocate(comm.size, self._device)
+        return comm.offer(memory)
 
     def free(self) -> None:
         """Gives up the memory for peers, who have none of it open any more."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError, wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,12 +33,14 @@ from . import (
     check_all_gather,
     check_all_reduce,
     check_membership,
+    check_wanted,
 )
 from .gloo import GlooCommunicator
 
 __all__ = ["NcclCommunicator", "use_device"]
 
 _ID_BYTES = 128
+_JOIN_POLL_S = 0.05
 _WATCH_INTERVAL_S = 0.1
 
 
@@ -75,6 +78,42 @@ def use_device(device: torch.device) -> Any:
     return cupy
 
 
+def _initialise(
+    connect: Callable[[], Any], deadline: float, abandoned: threading.Event | None
+) -> Any | None:
+    """What connect() makes, or None at the deadline. Raises what it raises; CommunicatorAborted once
+    `abandoned` is set.
+
+    NCCL's initialisation can't be stopped. It is left behind in a daemon thread, and what it still makes
+    there is aborted.
+    """
+    arriving: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            comm = connect()
+        except Exception as error:
+            with contextlib.suppress(InvalidStateError):
+                arriving.set_exception(error)
+            return
+        try:
+            arriving.set_result(comm)
+        except InvalidStateError:  # nobody waits for it any more
+            comm.abort()
+
+    threading.Thread(target=run, name="nccl-join", daemon=True).start()
+    while not arriving.done() and time.monotonic() < deadline:
+        wait([arriving], _JOIN_POLL_S)
+        if abandoned is not None and abandoned.is_set():
+            break
+    is_late = arriving.cancel()
+    if abandoned is not None and abandoned.is_set():
+        if not is_late and arriving.exception() is None:
+            arriving.result().abort()
+        check_wanted(abandoned)
+    return None if is_late else arriving.result()
+
+
 class NcclCommunicator(Communicator):
     """Ranks on NVIDIA GPUs, one GPU each, on one host or several."""
 
@@ -96,7 +135,6 @@ class NcclCommunicator(Communicator):
         self._failure: CommunicatorError | None = None
         self._aborting: threading.Thread | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
 
     @staticmethod
     def create_id(host: str) -> tuple[bytes, TCPStore]:
@@ -140,50 +178,51 @@ class NcclCommunicator(Communicator):
             store=store,
             abandoned=abandoned,
         )
-        made: list[Any] = []
-        errors: list[Exception] = []
 
-        def connect() -> None:
-            try:
-                with torch.cuda.device(device):
-                    made.append(nccl.NcclCommunicator(size, unique_id, rank))
-            except Exception as error:
-                errors.append(error)
+        def connect() -> Any:
+            with torch.cuda.device(device):
+                return nccl.NcclCommunicator(size, unique_id, rank)
 
-        # Can't be stopped; if a rank dies within it, this thread is left behind.
-        thread = threading.Thread(target=connect, name="nccl-join", daemon=True)
-        thread.start()
-        thread.join(max(deadline - time.monotonic(), 0.0))
-        if not made:
+        try:
+            comm = _initialise(connect, deadline, abandoned)
+        except CommunicatorError:
             control.close()
-            if errors:
-                raise CommunicatorError(f"join: NCCL on rank {rank}: {errors[0]}") from errors[0]
+            raise
+        except Exception as error:
+            control.close()
+            raise CommunicatorError(f"join: NCCL on rank {rank}: {error}") from error
+        if comm is None:
+            control.close()
             others = [peer for peer in range(size) if peer != rank]
             raise CommunicatorTimeout("join", others, timeout_s, "within NCCL's initialisation")
-        return cls(control, made[0], device)
+        communicator = cls(control, comm, device)
+        threading.Thread(target=communicator._watch, name="nccl-watch", daemon=True).start()
+        return communicator
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """IN PLACE, queued; see `Communicator.all_reduce`. NCCL decides the order of the sum, which is
         the same on all ranks."""
-        check_all_reduce(x, "cuda")
-        comm = self._alive("all_reduce")
+        check_all_reduce(x, self.device.type)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         kind, add = self._types[x.dtype], self._nccl.NCCL_SUM
-        comm.allReduce(x.data_ptr(), x.data_ptr(), x.numel(), kind, add, stream)
+        at = x.data_ptr()
+        with self._calling("all_reduce") as comm:
+            comm.allReduce(at, at, x.numel(), kind, add, stream)
         return x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """NOT in place, queued; see `Communicator.all_gather`. NCCL gathers equal pieces: smaller ones
         travel padded."""
-        check_all_gather(x, sizes, self.rank, self.size, "cuda")
-        comm = self._alive("all_gather")
+        check_all_gather(x, sizes, self.rank, self.size, self.device.type)
         width = max(sizes)
         if x.shape[-1] < width:
             x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
         x = x.contiguous()
         whole = x.new_empty((self.size, *x.shape))
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        comm.allGather(x.data_ptr(), whole.data_ptr(), x.nbytes, self._nccl.NCCL_UINT8, stream)
+        kind = self._nccl.NCCL_UINT8
+        with self._calling("all_gather") as comm:
+            comm.allGather(x.data_ptr(), whole.data_ptr(), x.nbytes, kind, stream)
         return torch.cat([part[..., :size] for part, size in zip(whole, sizes, strict=True)], -1)
 
     def failure(self) -> CommunicatorError | None:
@@ -218,6 +257,16 @@ class NcclCommunicator(Communicator):
             raise CommunicatorError(f"{op}: the communicator is closed")
         return self._comm
 
+    @contextlib.contextmanager
+    def _calling(self, op: str) -> Iterator[Any]:
+        """CuPy's communicator; what NCCL says within it becomes the communicator's error."""
+        comm = self._alive(op)
+        try:
+            yield comm
+        except self._nccl.NcclError as error:
+            self._alive(op)  # an abort in the midst of it is what it was
+            raise CommunicatorError(f"{op}: NCCL failed: {error}") from error
+
     def _fail(self, error: CommunicatorError) -> None:
         with self._lifecycle:
             if self._failure is not None or self._comm is None:
@@ -229,7 +278,7 @@ class NcclCommunicator(Communicator):
             self._aborting = threading.Thread(
                 target=self._abort, args=(comm,), name="nccl-abort", daemon=True
             )
-        self._aborting.start()
+            self._aborting.start()  # here: `close` joins what it finds
         self._control.abort()
 
     def _abort(self, comm: Any) -> None:

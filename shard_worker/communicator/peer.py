@@ -14,14 +14,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import CommunicatorError, NormFusing, check_all_reduce
+from . import CommunicatorError, Link, NormFusing, check_all_reduce
 from .nccl import NcclCommunicator
-from .peer_sums import CHUNK_BYTES, SLOT_BYTES, PeerMemory, PeerSums
+from .peer_sums import SLOT_BYTES, VECTOR_BYTES, PeerMemory, PeerSums, takes_nccl, trial_timeout_s
 
 __all__ = ["PeerCommunicator", "Reach", "choose_reach"]
 
@@ -47,6 +48,14 @@ class Reach:
         if num_bytes <= self.two_shot_bytes:
             return "two_shot"
         return "nccl"
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """Sums as a graph, and the memory that they are of."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
 
 
 def choose_reach(measured: Mapping[int, Mapping[str, float]]) -> Reach:
@@ -81,38 +90,77 @@ class PeerCommunicator(NcclCommunicator):
         return self._sums.offer
 
     def connect(self, offers: Sequence[bytes], timeout_s: float) -> None:
-        """Connects to the peers (`PeerSums.connect`) and measures which sums are faster there."""
-        assert self._sums is not None, "connect comes after offer"
-        self.links = self._sums.connect(offers, timeout_s)
-        if not any(link.note for link in self.links):
-            self.reach = choose_reach(self._measure(self._sums, timeout_s))
-
-    def _measure(self, sums: PeerSums, timeout_s: float) -> dict[int, dict[str, float]]:
-        """Microseconds of a sum by bytes and path; of the slowest rank, equal on all of them."""
+        """Connects to the peers (`PeerSums.connect`) and measures which sums are faster there. Where one
+        rank fails at either, every rank takes NCCL for all, and `links` says why."""
+        sums = self._sums
+        assert sums is not None, "connect comes after offer"
+        wait_s = trial_timeout_s(timeout_s)
         paths: Mapping[str, Callable[[Tensor], object]] = {
-            "one_shot": lambda x: sums.launch(x, x, two_shot=False),
-            "two_shot": lambda x: sums.launch(x, x, two_shot=True),
+            "one_shot": lambda x: sums.launch(x, x, two_shot=False, timeout_s=wait_s),
+            "two_shot": lambda x: sums.launch(x, x, two_shot=True, timeout_s=wait_s),
             "nccl": super().all_reduce,
         }
-        measured: dict[int, dict[str, float]] = {}
-        for num_bytes in _MEASURED_BYTES:
-            x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=self.device)
-            own = torch.tensor([self._time(path, x, timeout_s) for path in paths.values()])
-            everyone = self._control.all_gather(own, [len(paths)] * self.size)
-            slowest = everyone.view(self.size, -1).amax(0).tolist()
-            measured[num_bytes] = dict(zip(paths, slowest, strict=True))
-        return measured
+        links = sums.connect(offers, timeout_s)
+        own: list[float] = []
+        for num_bytes, path in product(_MEASURED_BYTES, paths.values()):
+            if takes_nccl(links):
+                break
+            links, microseconds = self._measure(sums, path, num_bytes, timeout_s)
+            own.append(microseconds)
+        if (failure := super().failure()) is not None:
+            raise failure
+        if takes_nccl(links):
+            self._sums = None  # whom its trials waited for in vain is no failure of NCCL's
+            sums.close()
+        else:
+            self.reach = choose_reach(self._slowest(own, tuple(paths)))
+        self.links = links
 
-    def _time(self, path: Callable[[Tensor], object], x: Tensor, timeout_s: float) -> float:
-        """Microseconds a call, in a graph, the median of some replays."""
-        path(x)
+    def _slowest(self, own: Sequence[float], paths: Sequence[str]) -> dict[int, dict[str, float]]:
+        """By bytes and path, of the slowest rank: equal on all ranks, so that they choose alike."""
+        everyone = self._control.all_gather(torch.tensor(own), [len(own)] * self.size)
+        slowest = everyone.view(self.size, -1, len(paths)).amax(0).tolist()
+        return {
+            num_bytes: dict(zip(paths, times, strict=True))
+            for num_bytes, times in zip(_MEASURED_BYTES, slowest, strict=True)
+        }
+
+    def _measure(
+        self, sums: PeerSums, path: Callable[[Tensor], object], num_bytes: int, timeout_s: float
+    ) -> tuple[tuple[Link, ...], float]:
+        """What it comes to (`PeerSums.agree`), and this rank's microseconds of a sum by that path."""
+        captured: list[_Captured] = []
+        times: list[float] = []
+
+        def capture() -> dict[int, str]:
+            captured.append(self._capture(path, num_bytes))
+            return {}
+
+        def replay() -> dict[int, str]:
+            times.append(self._time(captured[0].graph))
+            return {}
+
+        # In two steps, so that nobody waits in NCCL, for ever, for a rank whose capture has failed.
+        links = sums.agree(capture, timeout_s)
+        if not takes_nccl(links):
+            links = sums.agree(replay, timeout_s)
+        return links, times[0] if times else 0.0
+
+    def _capture(self, path: Callable[[Tensor], object], num_bytes: int) -> _Captured:
+        x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=self.device)
+        path(x)  # once outside: libraries are set up by their first call
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # By default a capture fails when any other thread calls CUDA meanwhile, which it may.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(_CALLS_A_GRAPH):
                 path(x)
+        return _Captured(graph, x)
+
+    @staticmethod
+    def _time(graph: torch.cuda.CUDAGraph) -> float:
+        """Microseconds a call in the graph, the median of some replays."""
         times = []
-        self._control.barrier(timeout_s)
         for _ in range(_REPLAYS):
             began = torch.cuda.Event(enable_timing=True)
             ended = torch.cuda.Event(enable_timing=True)
@@ -126,7 +174,7 @@ class PeerCommunicator(NcclCommunicator):
     def all_reduce(self, x: Tensor) -> Tensor:
         """IN PLACE, queued; see `Communicator.all_reduce`. Terms are added in rank order where peers do
         it; where NCCL does, in its own."""
-        check_all_reduce(x, "cuda")
+        check_all_reduce(x, self.device.type)
         if self.all_reduce_path(x.nbytes) == "nccl":
             return super().all_reduce(x)
         self._alive("all_reduce")
@@ -138,20 +186,20 @@ class PeerCommunicator(NcclCommunicator):
     def all_reduce_path(self, num_bytes: int) -> str:
         """ "peer" or "nccl" """
         is_peer = self.reach.is_unbounded or self.reach.path(num_bytes) != "nccl"
-        return "peer" if is_peer and num_bytes % CHUNK_BYTES == 0 else "nccl"
+        return "peer" if is_peer and num_bytes % VECTOR_BYTES == 0 else "nccl"
 
     def norm_fusing(self, x: Tensor) -> NormFusing | None:
         """Itself, for what goes to peers in one piece."""
         row_bytes = x.shape[-1] * x.itemsize
         return (
-            self if row_bytes % CHUNK_BYTES == 0 and self.reach.path(x.nbytes) != "nccl" else None
+            self if row_bytes % VECTOR_BYTES == 0 and self.reach.path(x.nbytes) != "nccl" else None
         )
 
     def all_reduce_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> Tensor:
         """One kernel, queued; see `NormFusing`. x: one that `norm_fusing` takes."""
-        check_all_reduce(x, "cuda")
+        check_all_reduce(x, self.device.type)
         assert residual.shape == x.shape, residual.shape
         for other in (residual, weight):
             assert other.dtype == x.dtype and other.is_contiguous(), other.dtype
@@ -164,13 +212,14 @@ class PeerCommunicator(NcclCommunicator):
 
     def failure(self) -> CommunicatorError | None:
         """Also a peer that did not come within `op_timeout_s`; see `Communicator.failure`."""
-        missing = self._sums.failure() if self._sums is not None else None
-        return missing or super().failure()
+        sums = self._sums
+        return (sums.failure() if sums is not None else None) or super().failure()
 
     def abort(self) -> None:
         """Also ends the kernels that wait for peers; see `Communicator.abort`."""
-        if self._sums is not None:
-            self._sums.abort()
+        sums = self._sums
+        if sums is not None:
+            sums.abort()
         super().abort()
 
     def close(self) -> None:

@@ -6,7 +6,7 @@
 // sent as positive zero (as float32 it is the number -4.6e-41). So nothing has to be ordered, and no block
 // waits for another block of its own GPU: blocks need not all be resident.
 //
-// Each rank has a buffer of [3 turns][RANKS senders][capacity] chunks of 16 bytes. Call t uses turn t % 3 and
+// Each rank has a buffer of [3 turns][RANKS senders][capacity] vectors of 16 bytes. Call t uses turn t % 3 and
 // empties what call t - 1 used. That is in time: a peer writes there again in its call t + 2, which it begins
 // with this rank's data of call t + 1 in hand, and this rank sent those after it had emptied.
 //
@@ -16,7 +16,7 @@
 //
 // (Lamport buffers: NCCL's LL protocol and TensorRT-LLM's one-shot kernels know the idea too.)
 //
-// To be defined: RANKS (2 to 8), ELEMENT (0: bfloat16, 1: float16, 2: float32), ITEMS (chunks a thread).
+// To be defined: RANKS (2 to 8), ELEMENT (0: bfloat16, 1: float16, 2: float32), ITEMS (vectors a thread).
 // Calls may differ in all but RANKS.
 
 #ifndef COLROW_SIMULATED  // tests run this file on a CPU, with these said differently
@@ -53,12 +53,12 @@ __device__ __forceinline__ unsigned to_half(float f) {
 #define BFLOAT16 0
 #define FLOAT16 1
 #define FLOAT32 2
-#define PER_CHUNK (ELEMENT == FLOAT32 ? 4 : 8)
+#define PER_VECTOR (ELEMENT == FLOAT32 ? 4 : 8)
 
 struct State {  // of one rank, in its own memory
   unsigned calls;            // so far
   unsigned blocks_done;      // of this call
-  unsigned last_count;       // chunks that the last call had
+  unsigned last_count;       // vectors that the last call had
   unsigned last_width;       // and how many a row
   unsigned last_two_shot;
   unsigned failed;           // a peer did not come: nobody is waited for any more
@@ -157,7 +157,7 @@ __device__ __forceinline__ float block_sum(float value) {
   return total;
 }
 
-// One block a row of `width` chunks, ITEMS chunks a thread; `count` chunks in all. blockDim.x is a multiple
+// One block a row of `width` vectors, ITEMS vectors a thread; `count` vectors in all. blockDim.x is a multiple
 // of 32. `out` may be `x`. With `weight`: residual += the sum, in place, and out = that, normalised; then
 // count is a multiple of width. Else out = the sum.
 extern "C" __global__ void __launch_bounds__(1024) peer_all_reduce(
@@ -208,18 +208,18 @@ extern "C" __global__ void __launch_bounds__(1024) peer_all_reduce(
 #pragma unroll
       for (int p = 0; p < RANKS; p++)  // all on their way at once
         terms[p] = p == rank ? own[item] : load_system(mine + turn + (size_t)p * capacity + at);
-      float sum[PER_CHUNK] = {}, term[PER_CHUNK];
+      float sum[PER_VECTOR] = {}, term[PER_VECTOR];
 #pragma unroll
       for (int p = 0; p < RANKS; p++) {
         if (p != rank) terms[p] = await(mine + turn + (size_t)p * capacity + at, terms[p], patience, p);
         unpack(terms[p], term);
 #pragma unroll
-        for (int i = 0; i < PER_CHUNK; i++) sum[i] = p == 0 ? term[i] : sum[i] + term[i];
+        for (int i = 0; i < PER_VECTOR; i++) sum[i] = p == 0 ? term[i] : sum[i] + term[i];
       }
       if (weight) {
         unpack(residual[at], term);
 #pragma unroll
-        for (int i = 0; i < PER_CHUNK; i++) sum[i] += term[i];
+        for (int i = 0; i < PER_VECTOR; i++) sum[i] += term[i];
       }
       own[item] = sendable(pack(sum));
       if (two_shot)
@@ -236,23 +236,23 @@ extern "C" __global__ void __launch_bounds__(1024) peer_all_reduce(
     }
     residual[at] = own[item];
     // Of the rounded sum, as whoever normalises the stored stream would.
-    float stored[PER_CHUNK];
+    float stored[PER_VECTOR];
     unpack(own[item], stored);
 #pragma unroll
-    for (int i = 0; i < PER_CHUNK; i++) squares += stored[i] * stored[i];
+    for (int i = 0; i < PER_VECTOR; i++) squares += stored[i] * stored[i];
   }
 
   if (weight) {
-    const float scale = rsqrtf(block_sum(squares) / (width * PER_CHUNK) + eps);
+    const float scale = rsqrtf(block_sum(squares) / (width * PER_VECTOR) + eps);
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
       const unsigned column = threadIdx.x + item * blockDim.x;
       if (column >= width) continue;
-      float stored[PER_CHUNK], gain[PER_CHUNK];
+      float stored[PER_VECTOR], gain[PER_VECTOR];
       unpack(own[item], stored);
       unpack(weight[column], gain);
 #pragma unroll
-      for (int i = 0; i < PER_CHUNK; i++) stored[i] = stored[i] * scale * gain[i];
+      for (int i = 0; i < PER_VECTOR; i++) stored[i] = stored[i] * scale * gain[i];
       out[row * width + column] = pack(stored);
     }
   }

@@ -7,7 +7,7 @@ sums are verified, before any is relied upon (`PeerSums.connect`).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +23,20 @@ from . import CommunicatorError, CommunicatorTimeout, Link
 from .gloo import GlooCommunicator
 from .nccl import use_device
 
-__all__ = ["CHUNK_BYTES", "SLOT_BYTES", "PeerMemory", "PeerSums", "plan_launch"]
+__all__ = [
+    "SLOT_BYTES",
+    "VECTOR_BYTES",
+    "PeerMemory",
+    "PeerSums",
+    "plan_launch",
+    "takes_nccl",
+    "trial_timeout_s",
+]
 
 SLOT_BYTES = 16 * 2**20
 """What a rank can be sent by one other at a time."""
-CHUNK_BYTES = 16
-"""What is summed are whole chunks."""
+VECTOR_BYTES = 16
+"""What is summed are whole vectors: what a thread loads and stores at once."""
 TURNS = 3
 """Calls that a buffer has room for: see the kernel's source."""
 EMPTY = -0x7FFF8000
@@ -40,13 +48,13 @@ MAILBOX_WORDS, ABORTED, MISSING = 9, 0, 1
 _SOURCE = Path(__file__).with_name("peer_all_reduce.cu")
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MAX_THREADS = 1024
-_PLAIN_WIDTH = 512  # chunks of a block when rows mean nothing
+_PLAIN_WIDTH = 512  # vectors of a block when rows mean nothing
 _OFFER = struct.Struct("<64sQ")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the kernel is launched; `items` are the chunks of a thread, which it is compiled for."""
+    """How the kernel is launched; `items` are the vectors of a thread, which it is compiled for."""
 
     blocks: int
     threads: int
@@ -70,32 +78,48 @@ def plan_launch(
 ) -> Launch:
     """A launch of `peer_all_reduce`, whose source says what it does.
 
-    x, out: contiguous, whole chunks of 16 bytes, no more than fit a slot. residual, weight: both or
+    x, out: contiguous, whole vectors of 16 bytes, no more than fit a slot. residual, weight: both or
     neither. buffers: the address of each rank's memory. state, mailbox: int32, this rank's.
     """
-    chunks = x.nbytes // CHUNK_BYTES
-    assert 0 < x.nbytes <= SLOT_BYTES and x.nbytes % CHUNK_BYTES == 0, x.nbytes
-    width = _PLAIN_WIDTH if weight is None else weight.nbytes // CHUNK_BYTES
+    vectors = x.nbytes // VECTOR_BYTES
+    assert 0 < x.nbytes <= SLOT_BYTES and x.nbytes % VECTOR_BYTES == 0, x.nbytes
+    width = _PLAIN_WIDTH if weight is None else weight.nbytes // VECTOR_BYTES
     threads = min(-(-width // 32) * 32, _MAX_THREADS)
     arguments = (
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         out.data_ptr(),
-        np.uint32(chunks),
+        np.uint32(vectors),
         np.uint32(width),
         np.float32(eps),
         np.int32(two_shot),
         buffers[rank],
         *buffers,
         *[0] * (MAX_PEERS - len(buffers)),
-        np.uint32(SLOT_BYTES // CHUNK_BYTES),
+        np.uint32(SLOT_BYTES // VECTOR_BYTES),
         np.int32(rank),
         state.data_ptr(),
         mailbox.data_ptr(),
         np.uint64(timeout_s * 1e9),
     )
-    return Launch(-(-chunks // width), threads, -(-width // threads), arguments)
+    return Launch(-(-vectors // width), threads, -(-width // threads), arguments)
+
+
+def trial_timeout_s(timeout_s: float) -> float:
+    """How long a sum that is tried waits for a peer, which may have failed to launch its own: less than
+    the ranks wait for each other, so that they still agree on what it comes to."""
+    return timeout_s / 2
+
+
+def takes_nccl(links: Sequence[Link]) -> bool:
+    """Some rank can't reach another one, so that all take NCCL."""
+    return any(link.note for link in links)
+
+
+def _said(error: Exception) -> str:
+    """The first line of it: compilers say a page."""
+    return str(error).strip().partition("\n")[0]
 
 
 class PeerMemory:
@@ -104,9 +128,12 @@ class PeerMemory:
     It outlives the groups that use it: memory that another process still has open must not be freed.
     """
 
-    def __init__(self, pointer: int, size: int, handle: bytes, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         """For `allocate`."""
-        self.pointer, self.size, self.handle, self.device = pointer, size, handle, device
+        self.size, self.device = size, device
+        self.pointer, self.handle = 0, b""
+        self.problem = ""
+        """Why the device refuses it; then there is none."""
 
     @property
     def num_bytes(self) -> int:
@@ -114,20 +141,23 @@ class PeerMemory:
 
     @classmethod
     def allocate(cls, size: int, device: torch.device) -> Self:
-        """Room for a group of `size` ranks. CommunicatorError where the device refuses it."""
+        """Room for a group of `size` ranks. Where the device refuses it, it says why (`problem`), which
+        is for `PeerSums.connect` to tell: the other ranks have to know."""
         runtime = use_device(device).cuda.runtime
-        memory = cls(0, size, b"", device)
+        memory = cls(size, device)
         try:
             memory.pointer = runtime.malloc(memory.num_bytes)
             memory.handle = bytes(runtime.ipcGetMemHandle(memory.pointer))
         except runtime.CUDARuntimeError as error:
-            raise CommunicatorError(f"peer memory: {memory.num_bytes} bytes: {error}") from error
+            memory.free()
+            memory.problem = f"{device} refuses {memory.num_bytes} bytes for peers: {error}"
         return memory
 
     def free(self) -> None:
         """When no other process uses it any more."""
-        runtime = use_device(self.device).cuda.runtime
-        runtime.free(self.pointer)
+        pointer, self.pointer = self.pointer, 0
+        if pointer:
+            use_device(self.device).cuda.runtime.free(pointer)
 
     def tensor(self) -> Tensor:
         """int32 [num_bytes / 4], the memory itself."""
@@ -156,6 +186,7 @@ class PeerSums:
         self.rank, self.size, self.device = control.rank, control.size, memory.device
         self.op_timeout_s = op_timeout_s
         self._control, self._memory = control, memory
+        self._peers = tuple(peer for peer in range(self.size) if peer != self.rank)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=self.device)
         self._mailbox = torch.zeros(MAILBOX_WORDS, dtype=torch.int32, pin_memory=True)
         self._words = self._mailbox.numpy()
@@ -163,47 +194,72 @@ class PeerSums:
         self._buffers: tuple[int, ...] = ()
         self._kernels: dict[tuple[torch.dtype, int], Any] = {}
         self._streams: dict[int, Any] = {}
+        self._waits_s = op_timeout_s  # of the last launch
 
     @property
     def offer(self) -> bytes:
-        """What the other ranks need for `connect`."""
+        """What the other ranks need for `connect`; b"" of a rank without memory."""
+        if self._memory.problem:
+            return b""
         return _OFFER.pack(self._memory.handle, self._memory.num_bytes)
 
     def connect(self, offers: Sequence[bytes], timeout_s: float) -> tuple[Link, ...]:
         """Opens the other ranks' memory and tries it -> the links to them, by "peer", or by "nccl" all.
 
         offers: of all ranks, in order; an empty one is of a rank that has none. Every rank calls it at
-        the same time, and all come to the same decision.
+        the same time, and all come to the same decision. Where that is "nccl" it is closed then.
+        timeout_s: how long it waits for a rank that does not take part, at each step.
 
         Raises as collectives do; CommunicatorTimeout when a rank does not take part.
         """
-        problems = self._open(offers)
-        for try_out in (self._try_pairs, self._try_sums):
-            links = self._agree(problems)
-            if any(link.note for link in links):
+        trials: Sequence[Callable[[], Mapping[int, str]]] = (
+            lambda: self._open(offers),
+            self._write,
+            self._look,
+            self._compile,
+            lambda: self._try_sums(trial_timeout_s(timeout_s)),
+        )
+        links: tuple[Link, ...] = ()
+        for trial in trials:
+            links = self.agree(trial, timeout_s)
+            if takes_nccl(links):
                 self.close()
-                return links
-            problems = try_out(timeout_s)
-        links = self._agree(problems)
-        if any(link.note for link in links):
-            self.close()
+                break
         return links
 
-    def _agree(self, problems: Mapping[int, str]) -> tuple[Link, ...]:
-        """What it comes to, when every rank tells which peers it can't reach."""
+    def agree(self, trial: Callable[[], Mapping[int, str]], timeout_s: float) -> tuple[Link, ...]:
+        """What it comes to when every rank has done `trial` and tells which peers it can't reach.
+
+        trial: its problems by rank. It must not wait for other ranks, but on the device and for
+        `trial_timeout_s`, so that all get here. What it raises is a problem with all peers, save a
+        CommunicatorError: that ends the group.
+        """
+        try:
+            problems = dict(trial())
+        except CommunicatorError:
+            raise
+        except Exception as error:
+            problems = self._with_all(f"{type(error).__name__}: {_said(error)}")
+        if (failure := self.failure()) is not None:
+            problems = self._with_all(str(failure))
+        self._control.barrier(timeout_s)
         mine = torch.zeros(self.size)
         for peer in problems:
             mine[peer] = 1
         everyone = self._control.all_gather(mine, [self.size] * self.size).view(self.size, -1)
         troubled = [str(rank) for rank in range(self.size) if everyone[rank].any()]
-        peers = (peer for peer in range(self.size) if peer != self.rank)
         if not troubled:
-            return tuple(Link(peer, "peer") for peer in peers)
+            return tuple(Link(peer, "peer") for peer in self._peers)
         elsewhere = f"rank {', '.join(troubled)} can't reach its peers"
-        return tuple(Link(peer, "nccl", problems.get(peer, elsewhere)) for peer in peers)
+        return tuple(Link(peer, "nccl", problems.get(peer, elsewhere)) for peer in self._peers)
+
+    def _with_all(self, problem: str) -> dict[int, str]:
+        return dict.fromkeys(self._peers, problem)
 
     def _open(self, offers: Sequence[bytes]) -> dict[int, str]:
         """Problems by rank."""
+        if self._memory.problem:
+            return self._with_all(self._memory.problem)
         runtime = use_device(self.device).cuda.runtime
         problems: dict[int, str] = {}
         buffers = []
@@ -223,8 +279,9 @@ class PeerSums:
                 buffers[rank] = runtime.ipcOpenMemHandle(handle)
                 self._opened.append(buffers[rank])
             except runtime.CUDARuntimeError as error:
-                problems[rank] = f"its CUDA IPC handle can't be opened: {error}"
+                problems[rank] = f"its CUDA IPC handle can't be opened: {_said(error)}"
         self._buffers = tuple(buffers)
+        self._empty()  # what an earlier group left is not to be taken for what comes now
         return problems
 
     def _empty(self) -> None:
@@ -232,56 +289,54 @@ class PeerSums:
         self._memory.tensor().fill_(EMPTY)
         torch.cuda.synchronize(self.device)
 
-    def _try_pairs(self, timeout_s: float) -> dict[int, str]:
-        """Each rank writes to each other one, which looks at what came. Problems by rank."""
+    def _write(self) -> dict[int, str]:
+        """To each peer. Problems by rank."""
         runtime = use_device(self.device).cuda.runtime
         problems: dict[int, str] = {}
-        for peer, pointer in enumerate(self._buffers):
-            if peer == self.rank:
-                continue
+        for peer in self._peers:
             sent = torch.full((4,), self._pattern(self.rank, peer), dtype=torch.int32)
             sent = sent.to(self.device)
             try:
-                to = pointer + self.rank * SLOT_BYTES
+                to = self._buffers[peer] + self.rank * SLOT_BYTES
                 runtime.memcpy(to, sent.data_ptr(), sent.nbytes, runtime.memcpyDefault)
                 torch.cuda.synchronize(self.device)
-            except (runtime.CUDARuntimeError, RuntimeError) as error:
-                problems[peer] = f"it can't be written to: {error}"
-        self._control.barrier(timeout_s)
+            except RuntimeError as error:
+                problems[peer] = f"it can't be written to: {_said(error)}"
+        return problems
+
+    def _look(self) -> dict[int, str]:
+        """At what came from each peer. Problems by rank."""
         memory = self._memory.tensor()
-        for peer in range(self.size):
+        problems: dict[int, str] = {}
+        for peer in self._peers:
             at = peer * SLOT_BYTES // 4
-            got = memory[at : at + 4].tolist()
-            if peer != self.rank and got != [self._pattern(peer, self.rank)] * 4:
-                problems.setdefault(peer, "what it wrote did not come")
+            if memory[at : at + 4].tolist() != [self._pattern(peer, self.rank)] * 4:
+                problems[peer] = "what it wrote did not come"
         self._empty()
-        self._control.barrier(timeout_s)
         return problems
 
     @staticmethod
     def _pattern(source: int, target: int) -> int:
         return 0x5A000000 + source * 256 + target
 
+    def _compile(self) -> dict[int, str]:
+        """A step of its own: who compiles for long, or can't, is waited for here and not on a device."""
+        self._kernel(torch.bfloat16, 1)
+        return {}
+
     def _try_sums(self, timeout_s: float) -> dict[int, str]:
-        """The kernel against what the processes tell each other, of whole numbers, which are exact."""
-        generator = torch.Generator().manual_seed(self.rank)
+        """The kernel, of whole numbers, whose sums are exact. Problems by rank."""
         wrong: list[str] = []
         for count in (512, 32 * 1024 - 8):
-            x = torch.randint(-9, 10, (count,), generator=generator).to(torch.bfloat16)
-            everyone = self._control.all_gather(x, [count] * self.size).view(self.size, -1)
-            expected = everyone.float().sum(0).to(torch.bfloat16)
+            numbers = torch.arange(count)
+            terms = [(numbers * (2 * rank + 3) + 7 * rank) % 19 - 9 for rank in range(self.size)]
+            expected = torch.stack(terms).sum(0).to(torch.bfloat16)
             for two_shot in (False, True):
-                got = x.to(self.device)
-                self.launch(got, got, two_shot=two_shot)
+                got = terms[self.rank].to(self.device, torch.bfloat16)
+                self.launch(got, got, two_shot=two_shot, timeout_s=timeout_s)
                 if not torch.equal(got.cpu(), expected):
                     wrong.append(f"{count} numbers in {'two shots' if two_shot else 'one shot'}")
-        if (error := self.failure()) is not None:
-            wrong.append(str(error))
-        self._control.barrier(timeout_s)
-        if not wrong:
-            return {}
-        problem = f"sums are wrong: {'; '.join(wrong)}"
-        return {peer: problem for peer in range(self.size) if peer != self.rank}
+        return self._with_all(f"sums are wrong: {'; '.join(wrong)}") if wrong else {}
 
     def launch(
         self,
@@ -292,12 +347,17 @@ class PeerSums:
         eps: float = 0.0,
         *,
         two_shot: bool,
+        timeout_s: float | None = None,
     ) -> None:
         """Queues a sum of x into `out`, which may be x; with residual and weight as `NormFusing` says.
 
-        Tensors are contiguous and begin at whole chunks; see `plan_launch`.
+        Tensors are contiguous and begin at whole vectors; see `plan_launch`. timeout_s: how long it
+        waits for a peer, where that is not `op_timeout_s`.
         """
-        assert all(t is None or t.data_ptr() % CHUNK_BYTES == 0 for t in (x, out, residual, weight))
+        assert all(
+            t is None or t.data_ptr() % VECTOR_BYTES == 0 for t in (x, out, residual, weight)
+        )
+        self._waits_s = self.op_timeout_s if timeout_s is None else timeout_s
         launch = plan_launch(
             x,
             out,
@@ -309,7 +369,7 @@ class PeerSums:
             rank=self.rank,
             state=self._state,
             mailbox=self._mailbox,
-            timeout_s=self.op_timeout_s,
+            timeout_s=self._waits_s,
         )
         kernel = self._kernel(x.dtype, launch.items)
         kernel((launch.blocks,), (launch.threads,), launch.arguments, stream=self._stream())
@@ -335,7 +395,7 @@ class PeerSums:
     def failure(self) -> CommunicatorTimeout | None:
         """Which ranks a sum has waited for in vain; any thread may ask."""
         missing = [rank for rank in range(self.size) if self._words[MISSING + rank]]
-        return CommunicatorTimeout("all_reduce", missing, self.op_timeout_s) if missing else None
+        return CommunicatorTimeout("all_reduce", missing, self._waits_s) if missing else None
 
     def abort(self) -> None:
         """Ends sums that wait for a peer, and all that are still to come; from any thread."""

@@ -5,12 +5,14 @@ Ranks that share a GPU run one at a time, for milliseconds each, which is as har
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
+from shard_worker.communicator import peer_sums
 from shard_worker.communicator.gloo import GlooCommunicator
 from shard_worker.communicator.peer_sums import PeerMemory, PeerSums
 
@@ -178,6 +180,21 @@ def a_handle_of_nothing(rank: int, size: int, exchange: Exchange) -> list[str]:
     return [link.note for link in links]
 
 
+def one_without(rank: int, size: int, exchange: Exchange, what: str) -> str:
+    """Rank 0 can't have memory of its own, or the kernel; the notes of the links."""
+    if rank == 0 and what == "memory":
+        peer_sums.TURNS = 1_000_000  # which is more than a device has
+    if rank == 0 and what == "kernel":
+        peer_sums._SOURCE = Path(__file__)  # which is no CUDA
+    control, sums = meet(rank, size, exchange, 10.0)
+    links = sums.connect(exchange(sums.offer), JOIN_TIMEOUT_S)
+    control.close()
+    assert {link.path for link in links} == {"nccl"}
+    # What CUDA has refused is not left for the next operation to fail at.
+    assert torch.ones(8, device=sums.device).sum().item() == 8
+    return "; ".join(link.note for link in links)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sums_are_in_rank_order_to_the_bit(size: int) -> None:
     run_ranks(plain_sums, size)
@@ -207,3 +224,12 @@ def test_memory_that_can_not_be_opened_is_told_and_all_use_nccl() -> None:
     (first,), (second,) = run_ranks(a_handle_of_nothing, 2)
     assert "CUDA IPC handle can't be opened" in first
     assert second == "rank 0 can't reach its peers"
+
+
+@pytest.mark.parametrize(
+    ("what", "note"), [("memory", "bytes for peers: cuda"), ("kernel", "CompileException: ")]
+)
+def test_one_rank_without_its_part_is_told_and_all_use_nccl(what: str, note: str) -> None:
+    first, second = run_ranks(one_without, 2, what)
+    assert note in first
+    assert second in ("it offers no memory", "rank 0 can't reach its peers")
