@@ -101,7 +101,9 @@ class Group:
     def check(self) -> None:
         """Raises what a sum failed of."""
         torch.cuda.synchronize()
-        failure = self.sums.failure() or (self.nccl.failure() if self.nccl is not None else None)
+        failure = self.nccl.failure() if self.nccl is not None else None
+        if not self.problem:  # else its trials may have waited in vain, and it is not used
+            failure = failure or self.sums.failure()
         if failure is not None:
             raise failure
 

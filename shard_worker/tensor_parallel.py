@@ -182,7 +182,7 @@ class Collectives:
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[..., sizes[rank]] -> [..., sum(sizes)], the ranks' side by side. NOT in place."""
         comm = self.tp.comm
-        watch = self.tp.called(self.module, "all_gather", comm.transport, x)
+        watch = self.tp.called(self.module, "all_gather", comm.all_gather_path, x)
         whole = comm.all_gather(x, sizes)
         if watch is not None:
             watch.stop()

@@ -112,7 +112,7 @@ class Communicator(ABC):
     rank, size: this rank and the number of ranks. transport: as in the table above. links: how it
     reaches each other rank, where that was tried.
     op_timeout_s: the longest that a collective waits for its peers, in seconds (over shm: for each
-    chunk of a large tensor); it may be changed between collectives.
+    chunk of a large tensor).
     """
 
     transport: str
@@ -124,10 +124,12 @@ class Communicator(ABC):
         self.op_timeout_s = op_timeout_s
 
     def all_reduce_path(self, num_bytes: int) -> str:
-        """By which way an all-reduce of so many bytes goes: the transport, where that has but one.
+        """By which way an all-reduce of so many bytes goes: the transport, where that has but one."""
+        return self.transport
 
-        An all-gather always goes by the transport itself.
-        """
+    @property
+    def all_gather_path(self) -> str:
+        """By which way all-gathers go."""
         return self.transport
 
     def norm_fusing(self, x: Tensor) -> NormFusing | None:

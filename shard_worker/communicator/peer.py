@@ -159,9 +159,9 @@ class PeerCommunicator(NcclCommunicator):
 
     @staticmethod
     def _time(graph: torch.cuda.CUDAGraph) -> float:
-        """Microseconds a call in the graph, the median of some replays."""
+        """Microseconds a call in the graph, the median of some replays after one that warms up."""
         times = []
-        for _ in range(_REPLAYS):
+        for _ in range(1 + _REPLAYS):
             began = torch.cuda.Event(enable_timing=True)
             ended = torch.cuda.Event(enable_timing=True)
             began.record()
@@ -169,7 +169,7 @@ class PeerCommunicator(NcclCommunicator):
             ended.record()
             ended.synchronize()
             times.append(began.elapsed_time(ended) * 1e3 / _CALLS_A_GRAPH)
-        return statistics.median(times)
+        return statistics.median(times[1:])
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """IN PLACE, queued; see `Communicator.all_reduce`. Terms are added in rank order where peers do
@@ -187,6 +187,11 @@ class PeerCommunicator(NcclCommunicator):
         """ "peer" or "nccl" """
         is_peer = self.reach.is_unbounded or self.reach.path(num_bytes) != "nccl"
         return "peer" if is_peer and num_bytes % VECTOR_BYTES == 0 else "nccl"
+
+    @property
+    def all_gather_path(self) -> str:
+        """NCCL's: what is gathered is too much, or too seldom, for stores to be worth it."""
+        return "nccl"
 
     def norm_fusing(self, x: Tensor) -> NormFusing | None:
         """Itself, for what goes to peers in one piece."""
@@ -215,15 +220,17 @@ class PeerCommunicator(NcclCommunicator):
         sums = self._sums
         return (sums.failure() if sums is not None else None) or super().failure()
 
-    def abort(self) -> None:
-        """Also ends the kernels that wait for peers; see `Communicator.abort`."""
+    def close(self) -> None:
+        """Also leaves the peers' memory; see `Communicator.close`."""
+        try:
+            super().close()
+        finally:
+            if self._sums is not None:
+                self._sums.close()
+
+    def _fail(self, error: CommunicatorError) -> None:
+        # An abort or a failure of NCCL's: kernels that wait for a peer must not wait for their deadline.
         sums = self._sums
         if sums is not None:
             sums.abort()
-        super().abort()
-
-    def close(self) -> None:
-        """Also leaves the peers' memory; see `Communicator.close`."""
-        super().close()
-        if self._sums is not None:
-            self._sums.close()
+        super()._fail(error)

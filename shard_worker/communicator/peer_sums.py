@@ -6,6 +6,7 @@ sums are verified, before any is relied upon (`PeerSums.connect`).
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ __all__ = [
     "takes_nccl",
     "trial_timeout_s",
 ]
+
+log = logging.getLogger(__name__)
 
 SLOT_BYTES = 16 * 2**20
 """What a rank can be sent by one other at a time."""
@@ -407,4 +410,7 @@ class PeerSums:
         torch.cuda.synchronize(self.device)
         self._buffers = ()
         while self._opened:
-            runtime.ipcCloseMemHandle(self._opened.pop())
+            try:
+                runtime.ipcCloseMemHandle(self._opened.pop())
+            except runtime.CUDARuntimeError as error:  # of a process that has ended
+                log.warning("memory of a peer could not be closed: %s", _said(error))

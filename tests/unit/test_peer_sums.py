@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from shard_worker.communicator import (
+    DEFAULT_OP_TIMEOUT_S,
     CommunicatorAborted,
     CommunicatorError,
     CommunicatorTimeout,
@@ -264,6 +265,39 @@ def test_nccl_that_fails_while_it_is_measured_ends_it(
         assert str(error).startswith("all_reduce: NCCL failed: NCCL_ERROR_SYSTEM_ERROR")
 
 
+def test_a_failure_of_nccls_ends_sums_that_wait_for_a_peer(gpus: Gpus) -> None:
+    """Not only their deadline, which is far, and not only an abort, which comes later."""
+
+    def use(comm: PeerCommunicator) -> float:
+        comm.barrier(TIMEOUT_S)
+        if comm.rank == 1:  # which never comes
+            gpus.nccl_comms[0].async_error = "NCCL_ERROR_REMOTE_ERROR: a peer is gone"
+            return 0.0
+        began = time.monotonic()
+        comm.all_reduce(torch.ones(4096))
+        assert "NCCL_ERROR_REMOTE_ERROR" in str(comm.failure())
+        return time.monotonic() - began
+
+    assert max(results(form(gpus, use, size=2))) < DEFAULT_OP_TIMEOUT_S / 4
+
+
+def test_memory_of_a_peer_that_can_not_be_closed_keeps_none_open(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a process which has ended may be."""
+    refused = set(range(SIZE))
+
+    def close(address: int) -> None:
+        gpus.opened.remove(address)
+        if gpus.rank in refused:
+            refused.remove(gpus.rank)
+            raise thread_gpus.CUDARuntimeError("cudaErrorInvalidResourceHandle: invalid")
+
+    monkeypatch.setattr(sys.modules["cupy.cuda"].runtime, "ipcCloseMemHandle", close)
+    results(form(gpus, lambda comm: comm.barrier(TIMEOUT_S)))
+    assert not refused and gpus.opened == []
+
+
 # Which way
 
 
@@ -311,6 +345,7 @@ def test_which_sums_go_to_peers_and_which_with_the_norm(
     def use(comm: PeerCommunicator) -> tuple[str, bool]:
         comm.barrier(TIMEOUT_S)
         x = torch.ones(1, num_bytes // 2, dtype=torch.bfloat16)
+        assert comm.all_gather_path == "nccl"
         return comm.all_reduce_path(num_bytes), comm.norm_fusing(x) is comm
 
     assert results(form(gpus, use, size=2)) == [(path, fuses)] * 2
