@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from colrow.memory import GraphSizes, StepSize
+from shard_worker.block_tables import BlockTables
 from shard_worker.draw_graphs import MAX_DRAWS, DrawGraphs
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
 from shard_worker.graph_capture import Graph, GraphCapture
@@ -44,7 +45,8 @@ _ROW, _POSITION, _SLOT, _LENGTH, _TABLE = range(5)
 class GraphChunk:
     """Tokens [start, stop) of one sequence, whose last token is or comes to `last_tokens[row]`.
 
-    Without `token_ids` the chunk is that token; else they are the sequence's, from 0 on.
+    Without `token_ids` the chunk is that token; else they are the sequence's, from 0 on. `block_ids` is
+    the same object in all of a sequence's chunks, and is only ever appended to.
     """
 
     row: int
@@ -115,6 +117,7 @@ class StepGraphs:
             (_TABLE + max_blocks) * _MAX_SEQUENCES,
             most.num_inputs + self._max_context_blocks * most.sequences,
         )
+        self._tables = BlockTables(max_blocks)
         # All graphs read from the beginning of this.
         self._inputs = torch.zeros(capacity, dtype=torch.int32, device=last_tokens.device)
         self._staging = Staging(capacity, torch.int32)
@@ -155,18 +158,24 @@ class StepGraphs:
         count = len(chunks)
         bucket = _DECODE_SIZES[bisect_left(_DECODE_SIZES, count)]
         graph = self._graph("decode", bucket)
+        rows = np.zeros(bucket, dtype=np.int64)
+        rows[:count] = [chunk.row for chunk in chunks]
+        for chunk in chunks:
+            self._tables.update(chunk.row, chunk.block_ids, chunk.start // size + 1)
         height = _TABLE + (max(chunk.start for chunk in chunks) // size + 1)
         with self._staging.take(height * bucket) as flat:
             array = flat.view(height, bucket).numpy()
-            array.fill(0)
+            array[:_TABLE] = 0
             array[_ROW, count:] = self._nobody
             array[_SLOT, count:] = -1
-            for column, chunk in enumerate(chunks):
-                position, blocks = chunk.start, chunk.block_ids
-                used = position // size + 1
-                slot = blocks[used - 1] * size + position % size
-                array[:_TABLE, column] = (chunk.row, position, slot, chunk.stop)
-                array[_TABLE : _TABLE + used, column] = blocks[:used]
+            array[_ROW, :count] = rows[:count]
+            array[_POSITION, :count] = [chunk.start for chunk in chunks]
+            array[_SLOT, :count] = [
+                chunk.block_ids[chunk.start // size] * size + chunk.start % size for chunk in chunks
+            ]
+            array[_LENGTH, :count] = [chunk.stop for chunk in chunks]
+            # What pads has no context, so any table will do: it is that of row 0.
+            self._tables.gather(rows, array[_TABLE:])
             self._inputs[: len(flat)].copy_(flat, non_blocking=True)
         return self._replay(graph, count)
 
