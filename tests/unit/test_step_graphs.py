@@ -52,6 +52,7 @@ def packed_rows(tiles: Tensor, sequences: Tensor, num_tokens: int) -> Tensor:
         if sequence >= 0:
             at, count, context = sequences[:3, sequence].tolist()
             for token in range(first, min(first + PackedSpan.TILE, count)):
+                assert rows[0, at + token] == -1, "a token is computed once"
                 rows[0, at + token], rows[1, at + token] = sequence, context - count + token + 1
     return rows
 
