@@ -409,15 +409,28 @@ def test_draws_are_those_of_the_sampler(cuda: RecordingCuda, count: int) -> None
     assert before == 1 + drawn
 
 
-def test_draws_without_cuts_are_a_graph_of_their_own(cuda: RecordingCuda) -> None:
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Sampling(2.0, 3, 1.0, seed=1),
+        Sampling(2.0, 0, 0.2, seed=1),
+        Sampling(2.0, 0, 1.0, seed=1, min_p=0.7),
+    ],
+    ids=["top_k", "top_p", "min_p"],
+)
+def test_draws_with_any_cut_are_not_the_graph_of_those_without(
+    cuda: RecordingCuda, cut: Sampling
+) -> None:
     pair = Pair(cuda)
-    pair.step({1: 2}, [pair.sequence(1, 2, Sampling(1.0, 0, 1.0, seed=1))])
+    plain = Sampling(2.0, 0, 1.0, seed=1)
+    pair.step({1: 2, 2: 2}, [pair.sequence(1, 2, plain), pair.sequence(2, 2, plain)])
     for _ in range(3):
-        pair.step({1: 1})
+        pair.step({1: 1, 2: 1})
     captured = cuda.num_captured
-    pair.step({2: 2}, [pair.sequence(2, 2, Sampling(1.0, 7, 1.0, seed=1))], finished=[1])
-    for _ in range(3):
-        pair.step({2: 1})
+    news = [pair.sequence(3, 2, cut), pair.sequence(4, 2, plain)]
+    pair.step({3: 2, 4: 2}, news, finished=[1, 2])
+    for _ in range(12):
+        pair.step({3: 1, 4: 1})
     assert cuda.num_captured == captured + 1
 
 
