@@ -19,6 +19,7 @@ import torch
 
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.draw_graphs import MAX_DRAWS, DrawGraphs
+from shard_worker.graph_capture import GraphCapture
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
@@ -61,7 +62,7 @@ def compare(
 
     return [
         measure(fill, lambda: sampler(logits, draws)),
-        measure(fill, lambda: graphs.run(draws, range(num_rows), None)),
+        measure(fill, lambda: graphs.run(draws, range(num_rows))),
     ]
 
 
@@ -77,8 +78,8 @@ def main() -> int:
     sampler = Sampler(TensorParallel(0, 1, SingleCommunicator()), (flags.vocabulary,), 0, device)
     logits = torch.zeros(MAX_DRAWS, flags.vocabulary, device=device)
     last_tokens = torch.zeros(MAX_DRAWS + 1, dtype=torch.int64, device=device)
-    side, meter = torch.cuda.Stream(device), MemoryMeter(device)
-    graphs = DrawGraphs(sampler, logits, last_tokens, side=side, meter=meter)
+    capture = GraphCapture(device, sampler.tp, MemoryMeter(device))
+    graphs = DrawGraphs(sampler, logits, last_tokens, capture)
     print(torch.cuda.get_device_name(device))
     print(f"{'rows':>5} {'way':12} {'operations, ms':>18} {'graph, ms':>18}")
     for num_rows in map(int, flags.rows.split(",")):

@@ -3,22 +3,17 @@
 They read the logits where a step's graph has left them, and what the rows ask for from one copy.
 """
 
-import logging
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shard_worker.memory_meter import MemoryMeter
+from shard_worker.graph_capture import Graph, GraphCapture
 from shard_worker.sampler import Columns, Draw, Sampler, uniform
 from shard_worker.staging import Staging
 from shard_worker.truncation import CANDIDATES, Cuts
-
-log = logging.getLogger(__name__)
 
 # With more rows the device takes longer than Python.
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -39,17 +34,16 @@ class DrawGraphs:
         sampler: Sampler,
         logits: Tensor,
         last_tokens: Tensor,
-        *,
-        side: torch.cuda.Stream,
-        meter: MemoryMeter,
+        capture: GraphCapture,
     ) -> None:
+        """capture: that of the steps, which never run at once with these."""
         self._sampler, self._logits, self._last_tokens = sampler, logits, last_tokens
-        self._side, self._meter = side, meter
+        self._capture = capture
         self._nobody = len(last_tokens) - 1
         size = _HEIGHT * MAX_DRAWS
         self._inputs = torch.zeros(size, dtype=torch.float64, device=logits.device)
         self._staging = Staging(size, torch.float64)
-        self._graphs: dict[tuple[int, bool], Any] = {}
+        self._graphs: dict[tuple[int, bool], Graph] = {}
 
     def fit(self, draws: Sequence[Draw]) -> bool:
         """There is a graph for such rows."""
@@ -61,9 +55,9 @@ class DrawGraphs:
             for draw in draws
         )
 
-    def run(self, draws: Sequence[Draw], rows: Sequence[int], pool: Any) -> Tensor:
+    def run(self, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
         """Queues the draws of the first rows of the logits -> tokens, int64 [n], which are in
-        `last_tokens[rows]` then. pool: of the step's graph, which is where this one's memory is too."""
+        `last_tokens[rows]` then."""
         vocab_size = self._sampler.vocabulary.size
         count = len(draws)
         size = _SIZES[bisect_left(_SIZES, count)]
@@ -71,7 +65,7 @@ class DrawGraphs:
             0 < s.top_k < vocab_size or s.top_p < 1 or s.min_p > 0
             for s in (draw.sampling for draw in draws)
         )
-        graph = self._graphs.get((size, has_cuts)) or self._capture(size, has_cuts, pool)
+        graph = self._graph(size, has_cuts)
         with self._staging.take(_HEIGHT * size) as memory:
             columns = memory.view(_HEIGHT, size).numpy()
             self._fill(columns)
@@ -89,10 +83,7 @@ class DrawGraphs:
                     sampling.temperature,
                 )
             self._inputs[: len(memory)].copy_(memory, non_blocking=True)
-        replayed, tokens, communicates = graph
-        replayed.replay()
-        self._sampler.tp.count(communicates)
-        return tokens[:count]
+        return graph.replay()[:count]
 
     def _fill(self, columns: np.ndarray) -> None:
         """Nothing to draw: the likeliest token of nobody."""
@@ -100,29 +91,19 @@ class DrawGraphs:
         columns[_ROW] = self._nobody
         columns[_TOP_P] = 1
 
-    def _capture(self, size: int, has_cuts: bool, pool: Any) -> Any:
-        began = time.monotonic()
-        inputs = self._inputs[: _HEIGHT * size].view(_HEIGHT, size)
-        neutral = np.empty((_HEIGHT, size))
-        self._fill(neutral)
-        inputs.copy_(torch.from_numpy(neutral))
-        logits, device = self._logits[:size], self._logits.device
-        # Once outside, as for a step. It leaves the logits that wait as they will be drawn from.
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side):
-            self._draw(logits, inputs, has_cuts)
-        torch.cuda.current_stream(device).wait_stream(self._side)
-        torch.cuda.synchronize(device)
-        self._meter.look()
-        tp = self._sampler.tp
-        counted = tp.all_stats()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            tokens = self._draw(logits, inputs, has_cuts)
-        self._meter.captured(graph.pool())
-        log.info("captured draws of %d in %.2f s", size, time.monotonic() - began)
-        captured = self._graphs[size, has_cuts] = graph, tokens, tp.take_back(counted)
-        return captured
+    def _graph(self, size: int, has_cuts: bool) -> Graph:
+        if (graph := self._graphs.get((size, has_cuts))) is None:
+            inputs = self._inputs[: _HEIGHT * size].view(_HEIGHT, size)
+            neutral = np.empty((_HEIGHT, size))
+            self._fill(neutral)
+            inputs.copy_(torch.from_numpy(neutral))
+            logits = self._logits[:size]
+            # Called outside of a graph, it leaves the logits that wait as they will be drawn from.
+            graph = self._capture.capture(
+                f"draws of {size}", lambda: self._draw(logits, inputs, has_cuts)
+            )
+            self._graphs[size, has_cuts] = graph
+        return graph
 
     def _draw(self, logits: Tensor, inputs: Tensor, has_cuts: bool) -> Tensor:
         columns = inputs.unsqueeze(-1)

@@ -9,8 +9,6 @@ There are two kinds: for steps that only decode, and for those with prompts in t
 is Python: an operation takes longer to launch than to run where tokens are few.
 """
 
-import logging
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +19,15 @@ import torch
 from torch import Tensor
 
 from colrow.memory import GraphSizes, StepSize
+from shard_worker.block_tables import BlockTables
 from shard_worker.draw_graphs import MAX_DRAWS, DrawGraphs
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PackedSpan
+from shard_worker.graph_capture import Graph, GraphCapture
 from shard_worker.kv_cache import KvCache
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.models import Model
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.staging import Staging
-from shard_worker.tensor_parallel import OpStats
-
-log = logging.getLogger(__name__)
 
 _DECODE_SIZES = (1, 2, 4, 8, *range(16, 257, 16))
 # With more tokens the device takes longer than Python, and torch's attention is the faster one.
@@ -48,7 +45,8 @@ _ROW, _POSITION, _SLOT, _LENGTH, _TABLE = range(5)
 class GraphChunk:
     """Tokens [start, stop) of one sequence, whose last token is or comes to `last_tokens[row]`.
 
-    Without `token_ids` the chunk is that token; else they are the sequence's, from 0 on.
+    Without `token_ids` the chunk is that token; else they are the sequence's, from 0 on. `block_ids` is
+    the same object in all of a sequence's chunks, and is only ever appended to.
     """
 
     row: int
@@ -90,14 +88,6 @@ class _PrefillLayout:
         return 4 * self.size + 5 * self.sequences + 2 * self.tiles
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    tokens: Tensor
-    communicates: Sequence[OpStats]
-    """What each replay does."""
-
-
 class StepGraphs:
     """Runs steps of up to `max_blocks` blocks a sequence.
 
@@ -114,29 +104,27 @@ class StepGraphs:
         max_blocks: int,
         meter: MemoryMeter,
     ) -> None:
-        self._meter = meter
         self._model, self._sampler = model, sampler
         self._kv_cache = kv_cache
         self._last_tokens = last_tokens
         self._max_blocks = max_blocks
         self._max_context_blocks = min(max_blocks, -(-_MAX_PREFILL_CONTEXT // kv_cache.block_size))
         self._nobody = len(last_tokens) - 1
-        self._graphs: dict[tuple[str, int], _Graph] = {}
-        self._pool: Any = None
-        # Libraries keep memory for each stream that they ever worked on.
-        self._side = torch.cuda.Stream(last_tokens.device)
+        self._graphs: dict[tuple[str, int], Graph] = {}
+        self._capture = GraphCapture(last_tokens.device, sampler.tp, meter)
         most = _PrefillLayout(_PREFILL_SIZES[-1])
         capacity = max(
             (_TABLE + max_blocks) * _MAX_SEQUENCES,
             most.num_inputs + self._max_context_blocks * most.sequences,
         )
+        self._tables = BlockTables(max_blocks)
         # All graphs read from the beginning of this.
         self._inputs = torch.zeros(capacity, dtype=torch.int32, device=last_tokens.device)
         self._staging = Staging(capacity, torch.int32)
         # And all write to the beginning of this.
         vocabulary = sampler.rank_sizes[sampler.tp.rank]
         self._logits = torch.zeros(_MAX_SEQUENCES, vocabulary, device=last_tokens.device)
-        self._draws = DrawGraphs(sampler, self._logits, last_tokens, side=self._side, meter=meter)
+        self._draws = DrawGraphs(sampler, self._logits, last_tokens, self._capture)
 
     def fit(self, chunks: Sequence[GraphChunk]) -> bool:
         """There is a graph for such a step."""
@@ -163,31 +151,37 @@ class StepGraphs:
         """Queues draws from the logits of the step that was run last, one after each chunk -> tokens,
         int64 [n], which are in `last_tokens[rows]` then. None, and nothing done, for draws that there is
         no graph for."""
-        return self._draws.run(draws, rows, self._pool) if self._draws.fit(draws) else None
+        return self._draws.run(draws, rows) if self._draws.fit(draws) else None
 
     def _run_decode(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
         size = self._kv_cache.block_size
         count = len(chunks)
         bucket = _DECODE_SIZES[bisect_left(_DECODE_SIZES, count)]
-        graph = self._graphs.get(("decode", bucket)) or self._capture("decode", bucket)
+        graph = self._graph("decode", bucket)
+        rows = np.zeros(bucket, dtype=np.int64)
+        rows[:count] = [chunk.row for chunk in chunks]
+        for chunk in chunks:
+            self._tables.update(chunk.row, chunk.block_ids, chunk.start // size + 1)
         height = _TABLE + (max(chunk.start for chunk in chunks) // size + 1)
         with self._staging.take(height * bucket) as flat:
             array = flat.view(height, bucket).numpy()
-            array.fill(0)
+            array[:_TABLE] = 0
             array[_ROW, count:] = self._nobody
             array[_SLOT, count:] = -1
-            for column, chunk in enumerate(chunks):
-                position, blocks = chunk.start, chunk.block_ids
-                used = position // size + 1
-                slot = blocks[used - 1] * size + position % size
-                array[:_TABLE, column] = (chunk.row, position, slot, chunk.stop)
-                array[_TABLE : _TABLE + used, column] = blocks[:used]
+            array[_ROW, :count] = rows[:count]
+            array[_POSITION, :count] = [chunk.start for chunk in chunks]
+            array[_SLOT, :count] = [
+                chunk.block_ids[chunk.start // size] * size + chunk.start % size for chunk in chunks
+            ]
+            array[_LENGTH, :count] = [chunk.stop for chunk in chunks]
+            # What pads has no context, so any table will do: it is that of row 0.
+            self._tables.gather(rows, array[_TABLE:])
             self._inputs[: len(flat)].copy_(flat, non_blocking=True)
         return self._replay(graph, count)
 
     def _run_prefill(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
         layout = _prefill_layout(sum(chunk.stop - chunk.start for chunk in chunks))
-        graph = self._graphs.get(("prefill", layout.size)) or self._capture("prefill", layout.size)
+        graph = self._graph("prefill", layout.size)
         most = -(-max(chunk.stop for chunk in chunks) // self._kv_cache.block_size)
         with self._staging.take(layout.num_inputs + most * layout.sequences) as flat:
             self._fill_prefill(layout, flat, chunks)
@@ -223,34 +217,17 @@ class StepGraphs:
             num_tiles += more
             at += count
 
-    def _replay(self, graph: _Graph, count: int) -> tuple[Tensor, Tensor]:
-        graph.graph.replay()
-        self._sampler.tp.count(graph.communicates)
-        return self._logits[:count], graph.tokens[:count]
+    def _replay(self, graph: Graph, count: int) -> tuple[Tensor, Tensor]:
+        tokens = graph.replay()
+        return self._logits[:count], tokens[:count]
 
-    def _capture(self, kind: str, size: int) -> _Graph:
-        began = time.monotonic()
-        step = {"decode": self._decode, "prefill": self._prefill}[kind]
-        self._clear_inputs(kind, size)
-        # Once outside: kernels are compiled and libraries set up by their first call.
-        device = self._inputs.device
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side):
-            step(size)
-        torch.cuda.current_stream(device).wait_stream(self._side)
-        torch.cuda.synchronize(device)
-        self._meter.look()
-        tp = self._sampler.tp
-        counted = tp.all_stats()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            tokens = step(size)
-        self._pool = graph.pool()
-        self._meter.captured(self._pool)
-        communicates = tp.take_back(counted)
-        log.info("captured a %s step of %d in %.2f s", kind, size, time.monotonic() - began)
-        captured = self._graphs[kind, size] = _Graph(graph, tokens, communicates)
-        return captured
+    def _graph(self, kind: str, size: int) -> Graph:
+        if (graph := self._graphs.get((kind, size))) is None:
+            step = {"decode": self._decode, "prefill": self._prefill}[kind]
+            self._clear_inputs(kind, size)
+            graph = self._capture.capture(f"a {kind} step of {size}", lambda: step(size))
+            self._graphs[kind, size] = graph
+        return graph
 
     def _clear_inputs(self, kind: str, size: int) -> None:
         """Nothing to compute but what pads."""

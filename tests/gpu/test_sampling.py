@@ -12,6 +12,7 @@ import torch
 from client.grpc_client import array
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.draw_graphs import DrawGraphs
+from shard_worker.graph_capture import GraphCapture
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
@@ -85,8 +86,8 @@ def test_draws_of_a_graph_are_those_without() -> None:
     sampler = Sampler(TensorParallel(0, 1, SingleCommunicator()), (vocab_size,), 0, device)
     buffer = torch.zeros(256, vocab_size, device=device)
     last_tokens = torch.zeros(300, dtype=torch.int64, device=device)
-    meter = MemoryMeter(device)
-    graphs = DrawGraphs(sampler, buffer, last_tokens, side=torch.cuda.Stream(device), meter=meter)
+    capture = GraphCapture(device, sampler.tp, MemoryMeter(device))
+    graphs = DrawGraphs(sampler, buffer, last_tokens, capture)
     for chosen in (draws, draws[:1], [d for d in draws if d.sampling.top_p == 1][:3], draws[3:9]):
         for scale in (0.5, 8.0):
             logits = scale * torch.randn(len(chosen), vocab_size, device=device)
@@ -95,7 +96,7 @@ def test_draws_of_a_graph_are_those_without() -> None:
             rows = list(range(7, 7 + len(chosen)))
             last_tokens[rows] = sampler.greedy(logits)  # as a step leaves them
             assert graphs.fit(chosen)
-            tokens = graphs.run(chosen, rows, None)
+            tokens = graphs.run(chosen, rows)
             assert tokens.tolist() == expected.tolist()
             assert last_tokens[rows].tolist() == expected.tolist()
 

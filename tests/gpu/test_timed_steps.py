@@ -1,6 +1,8 @@
-"""Steps that are timed, on a GPU: the tokens of a CUDA graph, and times that are the device's."""
+"""Steps that are timed, on GPUs: the tokens of a CUDA graph, and times that are the device's."""
 
+import re
 import time
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.clusters import RunningCluster, WorkerPool, cluster
 pytestmark = pytest.mark.timeout(300)
 
 NUM_TOKENS = 240
+NUM_STEPS = 8
 CYCLES = 4_000_000
 
 
@@ -79,3 +82,39 @@ def test_a_timed_step_gives_the_tokens_of_a_graph(
         assert not response.times, "one rank has nobody to communicate with"
         # Held back by about 20 ms, which is no part of the step.
         assert 0 < response.steps_us / 20 < 15_000
+
+
+def check_times(running: RunningCluster, sums: str, gathers: str) -> None:
+    """Steps that the cluster makes are timed, by these paths; so say its workers and `/metrics`."""
+    response = running.client.time_communication(NUM_STEPS)
+    assert response.num_steps == NUM_STEPS
+    paths = {timed.operation: timed.path for timed in response.times}
+    assert paths == {"all_reduce": sums, "all_gather": gathers}
+    for timed in response.times:
+        assert 0 < timed.own_us <= min(timed.rank_us)
+        assert len(timed.rank_us) == 2
+    for rank in range(2):
+        assert sum(timed.rank_us[rank] for timed in response.times) < response.steps_us
+    for worker in running.client.cluster().workers:
+        for stats in worker.description.communication:
+            assert stats.path == paths[stats.operation]
+            assert stats.timed_calls > 0 and stats.timed_us > 0, stats
+    with urllib.request.urlopen(f"{running.http_url}/metrics", timeout=10) as scraped:
+        metrics = scraped.read().decode()
+    for rank in range(2):
+        seconds = re.search(
+            'colrow_communication_timed_seconds_total{module="model.layers.0",'
+            f'operation="all_reduce",path="{sums}",rank="{rank}"}} (.*)',
+            metrics,
+        )
+        assert seconds and float(seconds[1]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_collectives_between_gpus_are_timed_by_their_path(
+    transport: str, gpu_pools: dict[bool, WorkerPool], tmp_path: Path
+) -> None:
+    folder = checkpoints.build("smollm2", tmp_path)
+    with cluster(gpu_pools[True], folder, 2, "--transport", transport) as running:
+        check_times(running, sums=transport, gathers=transport)

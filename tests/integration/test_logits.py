@@ -20,10 +20,12 @@ from shard_worker.communicator.shm import ShmCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.kv_cache import KvCache
+from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_runner import Chunk, ModelRunner, NewSequence, Step
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
 from shard_worker.sharding import Parameter, Section, ShardLayout, ShardTensors
+from shard_worker.step_graphs import GraphChunk, StepGraphs
 from shard_worker.tensor_parallel import TensorParallel
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,6 +35,7 @@ TOLERANCE = 1e-4
 
 TIMEOUT_S = 60.0
 BLOCK_SIZE = 4
+NUM_BLOCKS = 32
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1, seed=0)
 
 PROMPT_LENGTHS = {1: 1, 2: 18, 3: 45}
@@ -83,6 +86,25 @@ class RecordingSampler(Sampler):
         return super().__call__(logits, draws)
 
 
+class RecordingGraphs:
+    """Keeps the logits of sampled rows in the sampler, which graphs do not call."""
+
+    def __init__(self, graphs: StepGraphs, sampler: RecordingSampler) -> None:
+        self.graphs, self.sampler = graphs, sampler
+        self.fit = graphs.fit
+
+    def run(self, chunks: Sequence[GraphChunk]) -> tuple[Tensor, Tensor]:
+        logits, tokens = self.graphs.run(chunks)
+        rows = [
+            row
+            for row, chunk in enumerate(chunks)
+            if chunk.token_ids is None or chunk.stop == len(chunk.token_ids)
+        ]
+        gather = self.sampler.tp.comm.all_gather
+        self.sampler.logits = gather(logits[rows], self.sampler.rank_sizes).clone()
+        return logits, tokens
+
+
 class RecordingModel:
     """Keeps the hidden states that the LM head takes."""
 
@@ -99,15 +121,24 @@ class RecordingModel:
 
 def run_rank(folder: Path, size: int, rank: int, communicator_id: bytes) -> list[Seen]:
     """Loads one rank's shard and runs the steps on it, together with the other ranks."""
-    config = json.loads((folder / "config.json").read_text())
-    spec = model_spec(config)
-    plan = make_plan(spec, size)
     comm = (
         SingleCommunicator()
         if size == 1
         else ShmCommunicator.join(communicator_id, rank, size, timeout_s=TIMEOUT_S)
     )
-    tp = TensorParallel(rank, size, comm)
+    try:
+        return run_steps(folder, TensorParallel(rank, size, comm), torch.device("cpu"))
+    finally:
+        comm.close()
+
+
+def run_steps(
+    folder: Path, tp: TensorParallel, device: torch.device, *, graphs: bool = False
+) -> list[Seen]:
+    """The steps in float32 on this rank's shard; with `graphs`, which take a GPU, as CUDA graphs."""
+    config = json.loads((folder / "config.json").read_text())
+    spec = model_spec(config)
+    plan = make_plan(spec, tp.size)
     layout = ShardLayout(
         {
             p.name: Parameter(
@@ -119,7 +150,7 @@ def run_rank(folder: Path, size: int, rank: int, communicator_id: bytes) -> list
             )
             for p in spec.parameters
         },
-        rank,
+        tp.rank,
         tuple(
             {str(axis): (r.start, r.stop) for axis, r in shard.ranges.items()}
             for shard in plan.ranks
@@ -128,27 +159,37 @@ def run_rank(folder: Path, size: int, rank: int, communicator_id: bytes) -> list
     stored = checkpoint.match_keys(
         layout, checkpoint.Checkpoint.open(folder), spec.ignored, spec.optional_prefix
     )
-    tensors = ShardTensors(layout, tp, torch.float32, torch.device("cpu"))
+    tensors = ShardTensors(layout, tp, torch.float32, device)
     model = RecordingModel(models.build(config, tensors))
     checkpoint.load(layout, stored, tensors.destinations, lambda progress: None)
     tensors.finish()
     cache = KvCache.allocate(
         num_layers=model.num_layers,
-        num_blocks=32,
+        num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=device,
     )
-    sampler = RecordingSampler(tp, model.lm_head.rank_sizes, model.lm_head.start)
-    runner = ModelRunner(model, sampler, cache, spec.vocab_size)
+    sampler = RecordingSampler(tp, model.lm_head.rank_sizes, model.lm_head.start, device)
+    runner = ModelRunner(
+        model,
+        sampler,
+        cache,
+        spec.vocab_size,
+        device=device,
+        max_blocks=NUM_BLOCKS if graphs else None,
+        meter=MemoryMeter(device),
+    )
+    if runner.graphs is not None:
+        runner.graphs = RecordingGraphs(runner.graphs, sampler)  # type: ignore[assignment]
     seen = []
     for step in steps(spec.vocab_size):
         result = runner.launch(step).result()
         tokens = dict(zip(result.sequence_ids, result.token_ids, strict=True))
-        seen.append(Seen(model.hidden.numpy(), sampler.logits.numpy(), tokens))
-    comm.close()
+        seen.append(Seen(model.hidden.cpu().numpy(), sampler.logits.cpu().numpy(), tokens))
+    runner.close()
     return seen
 
 
@@ -252,21 +293,26 @@ def test_all_ranks_hold_the_same_bits(model: Model, ranks: Ranks, size: int) -> 
             assert mine.tokens == theirs.tokens
 
 
+def check_logits(seen: Sequence[Seen], oracle: Any, vocab_size: int) -> None:
+    """Those of every sampled row are what transformers, the oracle, says of the whole text before it."""
+    texts = {new.sequence_id: [*new.token_ids] for new in steps(vocab_size)[0].new_sequences}
+    for step, now in zip(steps(vocab_size), seen, strict=True):
+        # Rows are prompts first, then decoding sequences, each in the order of the chunks.
+        sampled = [id for chunk in step.chunks if (id := chunk.sequence_id) in now.tokens]
+        sampled.sort(key=lambda id: len(texts[id]) > PROMPT_LENGTHS[id])
+        for id, logits in zip(sampled, now.logits, strict=True):
+            with torch.inference_mode():
+                text = torch.tensor([texts[id]], device=oracle.device)
+                expected = oracle(text).logits[0, -1].cpu().numpy()
+            assert difference(logits, expected) <= TOLERANCE
+        for id, token in now.tokens.items():
+            texts[id].append(token)
+    assert [len(texts[id]) - PROMPT_LENGTHS[id] for id in (1, 2, 3)] == [8, 8, 6]
+
+
 def test_logits_over_the_paged_cache_are_those_of_transformers_on_the_whole_text(
     model: Model,
 ) -> None:
     from tests import checkpoints
 
-    oracle = checkpoints.oracle(model.folder)
-    texts = {new.sequence_id: [*new.token_ids] for new in steps(model.vocab_size)[0].new_sequences}
-    for step, seen in zip(steps(model.vocab_size), model.alone, strict=True):
-        # Rows are prompts first, then decoding sequences, each in the order of the chunks.
-        sampled = [id for chunk in step.chunks if (id := chunk.sequence_id) in seen.tokens]
-        sampled.sort(key=lambda id: len(texts[id]) > PROMPT_LENGTHS[id])
-        for id, logits in zip(sampled, seen.logits, strict=True):
-            with torch.inference_mode():
-                expected = oracle(torch.tensor([texts[id]])).logits[0, -1].numpy()
-            assert difference(logits, expected) <= TOLERANCE
-        for id, token in seen.tokens.items():
-            texts[id].append(token)
-    assert [len(texts[id]) - PROMPT_LENGTHS[id] for id in (1, 2, 3)] == [8, 8, 6]
+    check_logits(model.alone, checkpoints.oracle(model.folder), model.vocab_size)

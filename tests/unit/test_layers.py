@@ -762,8 +762,11 @@ def test_a_packed_weight_multiplies_as_a_plain_one_for_any_number_of_rows(num_to
     plain = torch.randn(48, 32, generator=generator).bfloat16()
     x = torch.randn(num_tokens, 32, generator=generator).bfloat16()
     bias = torch.randn(48, generator=generator).bfloat16()
-    weight = object.__new__(Weight)
-    weight._plain, weight._packed = None, torch.ops.mkldnn._reorder_linear_weight(plain, 1)
+    parameters: Parameters = {"up.weight": (plain, 0, [Section("mlp", 48, 1)])}
+    (tensors,) = shards(parameters, {"mlp": [0, 48]}, torch.bfloat16)
+    weight = Weight(tensors, tensors.take("up.weight"))
+    fill(tensors, parameters)
+    assert weight._packed is not None
     got = weight.multiply(x, bias)
     assert got.shape == (num_tokens, 48)
     wanted = x.double() @ plain.double().T + bias.double()
