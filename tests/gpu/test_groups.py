@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.ranks import HOST, JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
+from benchmarks.ranks import JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks, terms
 from colrow.errors import ServiceError
 from colrow.memory import MemoryLedger
 from coordinator.block_manager import BlockManager
@@ -26,11 +25,10 @@ from coordinator.shard_plan import make_plan
 from coordinator.worker_client import WorkerClient
 from shard_worker.communicator import CommunicatorTimeout, Link
 from shard_worker.communicator.nccl import NcclCommunicator
-from shard_worker.communicator.peer import PeerCommunicator
-from shard_worker.communicator.peer_sums import PeerMemory
 from shard_worker.device_thread import EXIT_HUNG
 from tests import checkpoints
 from tests.clusters import WorkerPool
+from tests.gpu.groups import join
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -40,28 +38,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 if len(SIZES) == 0:
     pytest.skip("there are no two GPUs", allow_module_level=True)
-
-
-def join(rank: int, size: int, exchange: Exchange, **options: Any) -> PeerCommunicator:
-    """This rank of a group, connected to its peers."""
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    store = None
-    communicator_id = b""
-    if rank == 0:
-        communicator_id, store = NcclCommunicator.create_id(HOST)
-    comm = PeerCommunicator.join(
-        exchange(communicator_id)[0],
-        rank,
-        size,
-        device=device,
-        timeout_s=JOIN_TIMEOUT_S,
-        interface_host=HOST,
-        store=store,
-        **options,
-    )
-    comm.connect(exchange(comm.offer(PeerMemory.allocate(size, device))), JOIN_TIMEOUT_S)
-    return comm
 
 
 def sums(rank: int, size: int, exchange: Exchange) -> list[Link]:

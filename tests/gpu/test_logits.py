@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.ranks import JOIN_TIMEOUT_S, Exchange, run_ranks
 from shard_worker.communicator import Communicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.tensor_parallel import TensorParallel
 from tests import checkpoints
-from tests.gpu.ranks import JOIN_TIMEOUT_S, Exchange, run_ranks
+from tests.gpu.groups import join
 from tests.integration.test_logits import TOLERANCE, Seen, check_logits, difference, run_steps
 
 pytestmark = pytest.mark.timeout(300)
@@ -18,11 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def joined(rank: int, size: int, exchange: Exchange) -> Communicator:
     torch.cuda.set_device(rank)
-    if size == 1:
-        return SingleCommunicator()
-    from tests.gpu.test_groups import join  # a module that is skipped where there are no two GPUs
-
-    return join(rank, size, exchange)
+    return SingleCommunicator() if size == 1 else join(rank, size, exchange)
 
 
 def both_ways(

@@ -64,14 +64,28 @@ def wanted(on_cpu: RunningCluster) -> list[list[int]]:
     return answers(on_cpu)
 
 
+def check_answers(running: RunningCluster, wanted: list[list[int]]) -> None:
+    for settings, expected, tokens in zip(SETTINGS, wanted, answers(running), strict=True):
+        assert tokens == expected, settings
+    assert answers(running, GRAPHED) == wanted[GRAPHED]
+
+
 @pytest.mark.parametrize("run_ahead", [1, 2, 3])
 def test_every_way_of_sampling(
     run_ahead: int, wanted: list[list[int]], folder: Path, gpu_pools: dict[bool, WorkerPool]
 ) -> None:
     with cluster(gpu_pools[True], folder, 1, "--run-ahead", str(run_ahead)) as running:
-        for settings, expected, tokens in zip(SETTINGS, wanted, answers(running), strict=True):
-            assert tokens == expected, settings
-        assert answers(running, GRAPHED) == wanted[GRAPHED]
+        check_answers(running, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_ranks_on_two_gpus_sample_alike(
+    transport: str, wanted: list[list[int]], folder: Path, gpu_pools: dict[bool, WorkerPool]
+) -> None:
+    """Graphs of draws gather over the group."""
+    with cluster(gpu_pools[True], folder, 2, "--transport", transport) as running:
+        check_answers(running, wanted)
 
 
 def test_draws_of_a_graph_are_those_without() -> None:
