@@ -469,6 +469,5 @@ class Cluster:
         """Ends the epoch, so that the workers are free for another coordinator."""
         if self.state is not State.FAILED:
             self._set_state(State.STOPPED)
-            if self.group.epoch:
-                await self.group.abort()
+            await self.group.abort()
         await self.group.close()

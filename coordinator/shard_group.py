@@ -24,7 +24,14 @@ from colrow.errors import (
 from colrow.memory import MemoryLedger
 from coordinator.scheduler import RankTimes, Step, StepOutput
 from coordinator.shard_plan import ShardPlan
-from coordinator.worker_status import Link, LoadProgress, Phase, WorkerDescription, WorkerStatus
+from coordinator.worker_status import (
+    STALE_EPOCH,
+    Link,
+    LoadProgress,
+    Phase,
+    WorkerDescription,
+    WorkerStatus,
+)
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +132,15 @@ class ShardGroup:
     def size(self) -> int:
         return len(self.workers)
 
-    async def _all(self, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
-        """One call to every worker at a time; the first error, with who raised it."""
+    async def _all(
+        self,
+        call: Callable[[int, Worker], Awaitable[T]],
+        ranks: Sequence[int] | None = None,
+    ) -> list[T]:
+        """One call to every worker, or to `ranks`, at a time; the first error, with who raised it."""
 
-        async def guarded(rank: int, worker: Worker) -> T:
-            status = self.statuses[rank]
+        async def guarded(rank: int) -> T:
+            status, worker = self.statuses[rank], self.workers[rank]
             try:
                 return await call(rank, worker)
             except ServiceError as error:
@@ -140,9 +151,8 @@ class ShardGroup:
                 error.metadata |= {"rank": str(rank), "worker": worker.address}
                 raise
 
-        tasks = [
-            asyncio.ensure_future(guarded(rank, worker)) for rank, worker in enumerate(self.workers)
-        ]
+        asked = range(self.size) if ranks is None else ranks
+        tasks = [asyncio.ensure_future(guarded(rank)) for rank in asked]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -150,7 +160,12 @@ class ShardGroup:
             for task in tasks:
                 task.cancel()
 
-    async def _in_phase(self, phase: Phase, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
+    async def _in_phase(
+        self,
+        phase: Phase,
+        call: Callable[[int, Worker], Awaitable[T]],
+        ranks: Sequence[int] | None = None,
+    ) -> list[T]:
         """`_all`, with every worker in `phase` until it has answered."""
 
         async def one(rank: int, worker: Worker) -> T:
@@ -159,7 +174,7 @@ class ShardGroup:
             self.statuses[rank].enter(Phase.WAITING)
             return answer
 
-        return await self._all(one)
+        return await self._all(one, ranks)
 
     async def describe(self, timeout_s: float) -> list[WorkerDescription]:
         """What every worker says; also kept in `statuses`. Waits for those that still start."""
@@ -259,7 +274,10 @@ class ShardGroup:
         return wanted or (within_host if is_within else anywhere)
 
     async def join(self, transport: str) -> None:
-        """Forms a group of a new epoch, with a communicator id that rank 0 makes."""
+        """Forms a group of a new epoch, with a communicator id that rank 0 makes.
+
+        Where that fails some may have joined already: `abort` has them leave.
+        """
         seen = [status.description.epoch for status in self.statuses if status.description]
         epoch = self._last_epoch = max([self._last_epoch, *seen]) + 1
         # A worker may still be in the group of a coordinator that is gone.
@@ -277,7 +295,10 @@ class ShardGroup:
 
         communicator_id = b""
         if transport != "single":
-            communicator_id = (await one(0, self.workers[0], b"")).communicator_id
+            [made] = await self._in_phase(
+                Phase.JOINING, lambda rank, worker: one(rank, worker, b""), ranks=(0,)
+            )
+            communicator_id = made.communicator_id
         joined = await self._in_phase(
             Phase.JOINING, lambda rank, worker: one(rank, worker, communicator_id)
         )
@@ -415,18 +436,25 @@ class ShardGroup:
         )
 
     async def abort(self, timeout_s: float = 2.0) -> None:
-        """Ends the epoch on every worker that can be reached; weights stay loaded."""
+        """Ends the last epoch, also one that did not come to be, on every worker that can be reached.
+
+        Weights stay loaded.
+        """
+        if not self._last_epoch:
+            return
 
         async def one(rank: int, worker: Worker) -> None:
             status = self.statuses[rank]
             try:
-                await worker.abort(epoch=self.epoch, timeout_s=timeout_s)
+                await worker.abort(epoch=self._last_epoch, timeout_s=timeout_s)
             except ServiceError as error:
                 log.warning("%s: abort: %s", status.where, error)
-                status.failed(error)
-            else:
-                if status.phase is not Phase.CONNECTING:
-                    status.enter(Phase.WAITING)
+                # One that is in a group of another epoch has left this one, as it should.
+                if error.reason != STALE_EPOCH:
+                    status.failed(error)
+                    return
+            if status.phase is not Phase.CONNECTING:
+                status.enter(Phase.WAITING)
 
         await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
 

@@ -9,6 +9,7 @@ from colrow.memory import GraphSizes, MemoryLedger
 
 UNREACHABLE = "WORKER_UNREACHABLE"
 STREAM_ENDED = "STREAM_ENDED"
+STALE_EPOCH = "STALE_EPOCH"  # of a worker that is in a group of another epoch, or in none
 
 _LOST = {UNREACHABLE, STREAM_ENDED, Unavailable.reason, DeadlineExceeded.reason}
 """Reasons of errors that no worker sent: nobody was there to do so. A worker that sends one is there."""

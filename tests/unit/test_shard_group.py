@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from colrow import MAX_PEERS
-from colrow.errors import FailedPrecondition
+from colrow.errors import FailedPrecondition, Internal, ServiceError, Unavailable
 from coordinator.shard_group import Joined, ShardGroup
-from coordinator.worker_status import Link, WorkerDescription
+from coordinator.worker_status import UNREACHABLE, Link, Phase, WorkerDescription
 
 
 def description(rank: int, device: str, host_id: str = "host") -> WorkerDescription:
@@ -35,22 +35,45 @@ def description(rank: int, device: str, host_id: str = "host") -> WorkerDescript
 
 @dataclass
 class JoiningWorker:
-    """Joins whatever it is asked to, and reaches its peers as `links` say."""
+    """Joins whatever it is asked to, and reaches its peers as `links` say; or raises what `errors` say.
+
+    It leaves a group only when that one's epoch is aborted.
+    """
 
     address: str
     links: tuple[Link, ...] = ()
+    errors: dict[str, ServiceError] = field(default_factory=dict)
+    epoch: int | None = None
     joined: list[str] = field(default_factory=list)
     peer_memories: list[bytes] = field(default_factory=list)
 
-    async def join(self, *, rank: int, transport: str, communicator_id: bytes, **_: Any) -> Joined:
+    async def join(
+        self, *, epoch: int, rank: int, transport: str, communicator_id: bytes, **_: Any
+    ) -> Joined:
         if not communicator_id:
+            self.raise_for("id")
             return Joined(b"id")
+        self.raise_for("join")
+        self.epoch = epoch
         self.joined.append(transport)
         return Joined(communicator_id, b"memory %d" % rank)
 
     async def connect_peers(self, *, peer_memories: list[bytes], **_: Any) -> tuple[Link, ...]:
         self.peer_memories = list(peer_memories)
+        self.raise_for("connect_peers")
         return self.links
+
+    async def abort(self, *, epoch: int, **_: Any) -> None:
+        self.raise_for("abort")
+        if self.epoch is not None and epoch != self.epoch:
+            raise FailedPrecondition(
+                f"epoch = {epoch}: the group's is {self.epoch}", reason="STALE_EPOCH"
+            )
+        self.epoch = None
+
+    def raise_for(self, call: str) -> None:
+        if call in self.errors:
+            raise self.errors[call]
 
 
 def group(devices: list[str], hosts: list[str] | None = None) -> ShardGroup:
@@ -131,3 +154,57 @@ async def test_other_transports_connect_no_peers() -> None:
     await made.join("shm")
     workers: Any = made.workers
     assert [worker.peer_memories for worker in workers] == [[], []]
+
+
+# A join that fails
+
+
+@pytest.mark.parametrize("call", ["join", "connect_peers"])
+async def test_a_join_that_fails_leaves_nobody_in_the_group_and_says_who_refused_and_why(
+    call: str,
+) -> None:
+    made = group(GPUS)
+    await made.join("peer")
+    await made.abort()
+    workers: Any = made.workers
+    workers[1].errors[call] = Internal("CUDA error 2")
+    with pytest.raises(Internal) as raised:
+        await made.join("peer")
+    assert raised.value.message == "worker 1 (host:1), joining: CUDA error 2"
+    await made.abort()
+    assert [worker.epoch for worker in workers] == [None, None]
+    assert [status.error for status in made.statuses] == ["", "joining: CUDA error 2"]
+    assert [status.phase for status in made.statuses] == [Phase.WAITING] * 2
+    workers[1].errors.clear()
+    await made.join("peer")
+    assert [worker.epoch for worker in workers] == [3, 3]
+
+
+async def test_a_rank_that_can_make_no_communicator_id_is_named_with_its_phase() -> None:
+    made = group(GPUS)
+    workers: Any = made.workers
+    workers[0].errors["id"] = Unavailable("nccl: install cupy", reason="COMMUNICATOR_FAILED")
+    with pytest.raises(Unavailable) as raised:
+        await made.join("nccl")
+    assert raised.value.message == "worker 0 (host:0), joining: nccl: install cupy"
+    assert raised.value.metadata == {"rank": "0", "worker": "host:0"}
+    assert made.statuses[0].error == "joining: nccl: install cupy"
+
+
+async def test_a_worker_in_another_group_has_left_this_one_and_one_that_is_silent_is_lost() -> None:
+    made = group(GPUS)
+    await made.join("peer")
+    workers: Any = made.workers
+    workers[0].epoch = 17  # another coordinator's
+    workers[1].errors["abort"] = Unavailable("does not leave the group", reason=UNREACHABLE)
+    await made.abort()
+    taken, silent = made.statuses
+    assert (taken.phase, taken.error) == (Phase.WAITING, "")
+    assert (silent.phase, silent.error) == (Phase.LOST, "waiting: does not leave the group")
+
+
+async def test_a_group_that_was_never_tried_asks_nobody_to_leave() -> None:
+    made = group(GPUS)
+    workers: Any = made.workers
+    workers[0].errors["abort"] = AssertionError("was asked")
+    await made.abort()
