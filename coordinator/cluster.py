@@ -250,8 +250,8 @@ class Cluster:
         log.error("epoch %d ended: %s", self.group.epoch, error)
         for status in self.group.statuses:
             log.warning(
-                "worker %d (%s) is %s, its last completed step %d%s",
-                *(status.rank, status.address, status.phase.value, status.last_step_id),
+                "%s is %s, its last completed step %d%s",
+                *(status.name, status.phase.value, status.last_step_id),
                 f"; {status.error}" if status.phase is Phase.LOST else "",
             )
         self._set_state(State.RECOVERING)
@@ -344,8 +344,7 @@ class Cluster:
             supported = status.description.supported_architectures if status.description else ()
             if spec.architecture not in supported:
                 raise FailedPrecondition(
-                    f"worker {status.rank} ({status.address}) supports {', '.join(supported)}, "
-                    f"not {spec.architecture}"
+                    f"{status.name} supports {', '.join(supported)}, not {spec.architecture}"
                 )
         weights = config.memory_weights
         if config.memory_weighted:

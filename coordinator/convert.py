@@ -438,6 +438,8 @@ _PLAIN_FIELDS = (
     "host_id",
     "pid",
     "device",
+    "device_name",
+    "device_uuid",
     "memory_total_bytes",
     "memory_available_bytes",
     "epoch",

@@ -5,6 +5,7 @@ raised with its rank and address in it.
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -224,7 +225,7 @@ class ShardGroup:
         for status in self.statuses:
             if status.description is not None and status.description.epoch > self._last_epoch:
                 raise FailedPrecondition(
-                    f"worker {status.rank} ({status.address}) was taken by another coordinator",
+                    f"{status.name} was taken by another coordinator",
                     reason=TAKEN,
                     metadata={"rank": str(status.rank), "worker": status.address},
                 )
@@ -235,7 +236,7 @@ class ShardGroup:
             assert status.description is not None
             if status.description.version != __version__:
                 raise FailedPrecondition(
-                    f"worker {status.rank} ({status.address}): version = "
+                    f"{status.name}: version = "
                     f"{status.description.version!r}: the coordinator is {__version__!r}; "
                     "install the same version on both",
                     reason="VERSION_MISMATCH",
@@ -248,11 +249,9 @@ class ShardGroup:
 
         `wanted` decides first. FailedPrecondition where the workers can't use it.
         """
+        self._check_devices()
         descriptions = [status.description for status in self.statuses if status.description]
         on_gpu = {description.is_gpu for description in descriptions}
-        if len(on_gpu) > 1:
-            devices = ", ".join(f"{d.rank}: {d.device}" for d in descriptions)
-            raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({devices})")
         if self.size == 1:
             return "single"
         usable = ("peer", "nccl") if True in on_gpu else ("shm", "gloo")
@@ -272,6 +271,27 @@ class ShardGroup:
             raise FailedPrecondition(f"transport = 'peer': {self.size} ranks are over {MAX_PEERS}")
         is_within = len(hosts) == 1 and not (within_host == "peer" and self.size > MAX_PEERS)
         return wanted or (within_host if is_within else anywhere)
+
+    def _check_devices(self) -> None:
+        """FailedPrecondition where some are on GPUs and others on CPUs, or two on one GPU."""
+        devices = [(s, s.description) for s in self.statuses if s.description is not None]
+        if len({description.is_gpu for _, description in devices}) > 1:
+            listed = ", ".join(f"{s.name}: {description.device}" for s, description in devices)
+            raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({listed})")
+        owners: dict[str, WorkerStatus] = {}
+        for status, description in devices:
+            if not description.device_uuid:
+                continue
+            owner = owners.setdefault(description.device_uuid, status)
+            if owner is not status:
+                used = {d.device for _, d in devices if d.host_id == description.host_id}
+                free = next(name for n in itertools.count() if (name := f"cuda:{n}") not in used)
+                raise FailedPrecondition(
+                    f"{owner.name} and {status.name} are on the same GPU, {description.device} "
+                    f"({description.device_name}, {description.device_uuid}); start one of them "
+                    f"with --device {free}",
+                    reason="GPU_SHARED",
+                )
 
     async def join(self, transport: str) -> None:
         """Forms a group of a new epoch, with a communicator id that rank 0 makes.

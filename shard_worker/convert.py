@@ -262,6 +262,8 @@ def description(worker: Description) -> _pb.WorkerDescription:
         supported_architectures=sorted(models.FAMILIES),
         links=links(worker.links),
         memory=_memory(worker.memory, worker.graph_sizes),
+        device_name=worker.device_name,
+        device_uuid=worker.device_uuid,
     )
 
 

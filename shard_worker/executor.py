@@ -46,6 +46,7 @@ from shard_worker.communicator import (
 )
 from shard_worker.communicator.peer import PeerCommunicator
 from shard_worker.config import WorkerConfig
+from shard_worker.device import device_name, device_uuid
 from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
 from shard_worker.memory_meter import MemoryMeter
@@ -113,6 +114,8 @@ class Description:
     links: Sequence[Link]
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     graph_sizes: GraphSizes = field(default_factory=GraphSizes)
+    device_name: str = ""
+    device_uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +281,8 @@ class Executor:
             links=self._tp.comm.links if self._tp and self._group else (),
             memory=self._ledger(),
             graph_sizes=GRAPH_SIZES if self._captures_graphs else GraphSizes(),
+            device_name=device_name(self._device),
+            device_uuid=device_uuid(self._device),
         )
 
     def _ledger(self) -> MemoryLedger:

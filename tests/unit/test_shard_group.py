@@ -11,7 +11,9 @@ from coordinator.shard_group import Joined, ShardGroup
 from coordinator.worker_status import UNREACHABLE, Link, Phase, WorkerDescription
 
 
-def description(rank: int, device: str, host_id: str = "host") -> WorkerDescription:
+def description(
+    rank: int, device: str, host_id: str = "host", device_uuid: str = ""
+) -> WorkerDescription:
     return WorkerDescription(
         version="1",
         host_id=host_id,
@@ -30,6 +32,8 @@ def description(rank: int, device: str, host_id: str = "host") -> WorkerDescript
         file_bytes_read=0,
         communication=(),
         supported_architectures=(),
+        device_name="NVIDIA H200",
+        device_uuid=device_uuid,
     )
 
 
@@ -76,12 +80,15 @@ class JoiningWorker:
             raise self.errors[call]
 
 
-def group(devices: list[str], hosts: list[str] | None = None) -> ShardGroup:
+def group(
+    devices: list[str], hosts: list[str] | None = None, uuids: list[str] | None = None
+) -> ShardGroup:
     workers: Any = [JoiningWorker(f"host:{rank}") for rank in range(len(devices))]
     made = ShardGroup(workers, step_timeout_s=1.0)
     for rank, device in enumerate(devices):
         host_id = hosts[rank] if hosts else "host"
-        made.statuses[rank].description = description(rank, device, host_id)
+        uuid = uuids[rank] if uuids else ""
+        made.statuses[rank].description = description(rank, device, host_id, uuid)
     return made
 
 
@@ -117,7 +124,12 @@ def test_the_transport_follows_from_where_the_workers_are(
         (["cpu", "cpu"], ["a", "b"], "shm", "'shm': the workers are on 2 hosts"),
         (GPUS, ["a", "b"], "peer", "'peer': the workers are on 2 hosts"),
         (["cuda:0"] * 9, None, "peer", "'peer': 9 ranks are over 8"),
-        (["cuda:0", "cpu"], None, None, "can't be one group"),
+        (
+            ["cuda:0", "cpu"],
+            None,
+            None,
+            r"can't be one group \(worker 0 \(host:0\): cuda:0, worker 1 \(host:1\): cpu\)",
+        ),
     ],
 )
 def test_a_transport_that_can_not_be(
@@ -125,6 +137,37 @@ def test_a_transport_that_can_not_be(
 ) -> None:
     with pytest.raises(FailedPrecondition, match=words):
         group(devices, hosts).choose_transport(wanted)
+
+
+@pytest.mark.parametrize(
+    ("devices", "uuids", "shared", "free"),
+    [
+        (["cuda:0", "cuda:0"], "aa", (0, 1), "cuda:1"),
+        (["cuda:0", "cuda:1", "cuda:1", "cuda:3"], "abbc", (1, 2), "cuda:2"),
+        # Containers may call one GPU by several names, and several by one.
+        (["cuda:0", "cuda:1"], "aa", (0, 1), "cuda:2"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [None, "nccl"])
+def test_two_ranks_on_one_gpu_are_refused_with_another_to_take(
+    devices: list[str],
+    uuids: str,
+    shared: tuple[int, int],
+    free: str,
+    wanted: str | None,
+) -> None:
+    made = group(devices, uuids=list(uuids))
+    with pytest.raises(FailedPrecondition) as raised:
+        made.choose_transport(wanted)
+    first, second = (f"worker {rank} (host:{rank})" for rank in shared)
+    assert raised.value.message.startswith(f"{first} and {second} are on the same GPU, ")
+    assert raised.value.message.endswith(f"start one of them with --device {free}")
+    assert f"(NVIDIA H200, {uuids[shared[0]]})" in raised.value.message
+
+
+def test_gpus_of_one_name_in_several_containers_and_cpus_are_no_shared_gpu() -> None:
+    assert group(["cuda:0", "cuda:0"], ["a", "b"], ["x", "y"]).choose_transport(None) == "nccl"
+    assert group(["cpu", "cpu"], uuids=["", ""]).choose_transport(None) == "shm"
 
 
 async def test_every_rank_is_told_how_to_open_the_others_memory() -> None:
