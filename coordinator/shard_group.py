@@ -112,8 +112,11 @@ class Worker(Protocol):
         self, *, epoch: int, module: str, activation: np.ndarray
     ) -> Partial: ...
     async def abort(self, *, epoch: int, timeout_s: float) -> None: ...
-    def open_steps(self, epoch: int) -> None: ...
-    async def send(self, step: Step) -> None: ...
+    def open_steps(self) -> None: ...
+    def encode(self, epoch: int, step: Step) -> bytes:
+        """A step as every worker is to be sent it."""
+
+    async def send(self, message: bytes) -> None: ...
     async def receive(self) -> StepAnswer: ...
     async def close(self) -> None: ...
 
@@ -401,13 +404,15 @@ class ShardGroup:
             ),
         )
         for worker, status in zip(self.workers, self.statuses, strict=True):
-            worker.open_steps(self.epoch)
+            worker.open_steps()
             status.last_step_id = 0
             status.enter(Phase.SERVING)
 
     async def send(self, step: Step) -> None:
         """Hands a step to every worker without waiting for its result."""
-        await self._all(lambda rank, worker: worker.send(step))
+        # Made once: of many sequences that takes as long as a good part of a step of a GPU.
+        message = self.workers[0].encode(self.epoch, step)
+        await self._all(lambda rank, worker: worker.send(message))
 
     async def receive(self) -> StepOutput:
         """What the oldest step gave that was not received.

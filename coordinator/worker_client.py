@@ -29,6 +29,7 @@ _pb = shard_worker_service_pb2
 
 T = TypeVar("T")
 
+SERVICE = _pb.DESCRIPTOR.services_by_name["ShardWorkerService"].full_name
 CALL_TIMEOUT_S = 60.0
 WHY_TIMEOUT_S = 0.5
 
@@ -57,8 +58,11 @@ class WorkerClient:
         self._encrypted = tls is not None
         self._channel = aio_channel(address, tls)
         self._stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(self._channel)
+        # The stub's own would turn a message into bytes for each worker again.
+        self._execute_steps: Any = self._channel.stream_stream(
+            f"/{SERVICE}/ExecuteSteps", response_deserializer=_pb.ExecuteStepsResponse.FromString
+        )
         self._steps: Any = None
-        self._epoch = 0
 
     async def describe(self, timeout_s: float) -> WorkerDescription:
         """Waits up to `timeout_s` for a worker that is not up yet."""
@@ -175,14 +179,16 @@ class WorkerClient:
                 f"does not leave the group within {timeout_s:g} s", reason=UNREACHABLE
             ) from error
 
-    def open_steps(self, epoch: int) -> None:
+    def open_steps(self) -> None:
         """Opens the stream that carries the steps of one epoch."""
-        self._epoch = epoch
-        self._steps = self._stub.ExecuteSteps()
+        self._steps = self._execute_steps()
 
-    async def send(self, step: Step) -> None:
+    def encode(self, epoch: int, step: Step) -> bytes:
+        return convert.step_request(epoch, step).SerializeToString()
+
+    async def send(self, message: bytes) -> None:
         try:
-            await self._open_stream().write(convert.step_request(self._epoch, step))
+            await self._open_stream().write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise await self._stream_error() from error
 

@@ -213,7 +213,7 @@ class Gpu:
         self.allocated = request
         return 0
 
-    def open_steps(self, epoch: int) -> None: ...
+    def open_steps(self) -> None: ...
 
 
 async def serve_on(gpu: Gpu, *flags: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from colrow import MAX_PEERS
 from colrow.errors import FailedPrecondition, Internal, ServiceError, Unavailable
+from coordinator.scheduler import Step
 from coordinator.shard_group import Joined, ShardGroup
 from coordinator.worker_status import UNREACHABLE, Link, Phase, WorkerDescription
 
@@ -197,6 +198,38 @@ async def test_other_transports_connect_no_peers() -> None:
     await made.join("shm")
     workers: Any = made.workers
     assert [worker.peer_memories for worker in workers] == [[], []]
+
+
+# Steps
+
+
+@dataclass
+class SteppingWorker:
+    """Notes what it makes of steps, and what it is sent."""
+
+    address: str
+    encoded: list[tuple[int, Step]] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)
+
+    def encode(self, epoch: int, step: Step) -> bytes:
+        self.encoded.append((epoch, step))
+        return b"step %d of %d" % (step.step_id, epoch)
+
+    async def send(self, message: bytes) -> None:
+        self.sent.append(message)
+
+
+async def test_a_step_s_message_is_made_once_and_every_worker_gets_the_same() -> None:
+    workers = [SteppingWorker(f"host:{rank}") for rank in range(8)]
+    sending: Any = workers
+    made = ShardGroup(sending, step_timeout_s=1.0)
+    made.epoch = 7
+    steps = [Step(step_id, (), (), ()) for step_id in (1, 2)]
+    for step in steps:
+        await made.send(step)
+    assert [item for worker in workers for item in worker.encoded] == [(7, step) for step in steps]
+    for worker in workers:
+        assert worker.sent == [b"step 1 of 7", b"step 2 of 7"]
 
 
 # A join that fails
