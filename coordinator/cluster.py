@@ -6,7 +6,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,17 +120,19 @@ class Cluster:
         group: ShardGroup,
         *,
         observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.model = model
         self.group = group
         self.state = State.CONNECTING
-        self.state_since = time.monotonic()
+        self._state_since = clock()
         self.error = ""
         self.plan: ShardPlan | None = None
         self.scheduler: Scheduler | None = None
         self.engine_or_none: Engine | None = None
         self._observer = observer
+        self._clock = clock
         self.num_recoveries = 0
         self.last_recovery_s = 0.0
         self._failing_since = 0.0  # since when requests wait and no step of theirs came through
@@ -143,6 +145,10 @@ class Cluster:
         self._changed = asyncio.Event()
         self._num_calls = 0
         self._call_ended = asyncio.Event()
+
+    @property
+    def state_age_s(self) -> float:
+        return self._clock() - self._state_since
 
     @property
     def engine(self) -> Engine:
@@ -243,7 +249,7 @@ class Cluster:
 
         Requests whose steps fail the workers again and again end before.
         """
-        began = time.monotonic()
+        began = self._clock()
         self._note_failure(engine, error)
         self.num_recoveries += 1
         self.error = str(error)
@@ -256,35 +262,43 @@ class Cluster:
             )
         self._set_state(State.RECOVERING)
         left_s = self._failing_since + self.config.recovery_timeout_s - began
-        if left_s <= 0:
+        giving_up = None
+        if left_s > 0:
+            loop = asyncio.get_running_loop()
+            giving_up = loop.call_later(left_s, self._give_requests_up, engine)
+        else:
             self._give_requests_up(engine)
-        giving_up = asyncio.get_running_loop().call_later(left_s, self._give_requests_up, engine)
         try:
-            while True:
-                await self.group.abort()
-                self._notify()
-                try:
-                    await self._form(RECOVERY_ATTEMPT_S)
-                    break
-                except ServiceError as failure:
-                    if failure.reason == TAKEN:
-                        raise
-                    self.error = str(failure)
-                    log.warning("the group can't form: %s", failure)
-                    self._notify()
-                    refused = failure.code in _REFUSALS
-                    await asyncio.sleep(REFUSED_PAUSE_S if refused else RECOVERY_PAUSE_S)
+            await self._form_anew()
         finally:
-            giving_up.cancel()
+            if giving_up is not None:
+                giving_up.cancel()
         self.error = ""
-        self.last_recovery_s = time.monotonic() - began
+        self.last_recovery_s = self._clock() - began
         log.info("epoch %d goes on after %.2f s", self.group.epoch, self.last_recovery_s)
+
+    async def _form_anew(self) -> None:
+        """However often it takes; ServiceError when another coordinator has taken a worker."""
+        while True:
+            await self.group.abort()
+            self._notify()
+            try:
+                await self._form(RECOVERY_ATTEMPT_S)
+                return
+            except ServiceError as failure:
+                if failure.reason == TAKEN:
+                    raise
+                self.error = str(failure)
+                log.warning("the group can't form: %s", failure)
+                self._notify()
+                refused = failure.code in _REFUSALS
+                await asyncio.sleep(REFUSED_PAUSE_S if refused else RECOVERY_PAUSE_S)
 
     def _note_failure(self, engine: Engine, error: ServiceError) -> None:
         """Tells a worker that is lost from requests that no worker can serve."""
         if engine.num_steps != self._steps_then or not engine.has_requests:
             self._steps_then = engine.num_steps
-            self._failing_since = time.monotonic()
+            self._failing_since = self._clock()
             self._num_refusals = 0
         self._num_refusals += error.code in _REFUSALS
         if self._num_refusals >= MAX_REFUSALS:
@@ -443,7 +457,7 @@ class Cluster:
 
     def _set_state(self, state: State) -> None:
         if state is not self.state:
-            self.state, self.state_since = state, time.monotonic()
+            self.state, self._state_since = state, self._clock()
         log.info("the cluster is %s", state.value)
         self._notify()
 

@@ -384,7 +384,7 @@ def cluster_message(cluster: Cluster) -> _control_pb.Cluster:
         version=__version__,
         transport=transport_value(cluster.group.transport),
         workers=[_status_message(status, now) for status in cluster.group.statuses],
-        state_age_s=now - cluster.state_since,
+        state_age_s=cluster.state_age_s,
         recoveries=cluster.num_recoveries,
         last_recovery_s=cluster.last_recovery_s,
     )

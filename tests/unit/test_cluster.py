@@ -43,12 +43,27 @@ CONFIG = {
 }
 
 
+@dataclass
+class Clock:
+    """Time that passes when it is told to."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def cluster() -> Cluster:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cluster(clock: Clock) -> Cluster:
     """One that serves, with workers that nobody calls."""
     config = parse(["--model", "m", "--workers", "a:1"])
     model = ModelFolder(Path("m"), json.dumps(CONFIG), model_spec(CONFIG), None)
-    made = Cluster(config, model, ShardGroup([], step_timeout_s=1))
+    made = Cluster(config, model, ShardGroup([], step_timeout_s=1), clock=clock)
     steps: Any = None
     made.scheduler = Scheduler(BlockManager(8, 16), max_batched_tokens=8, max_running=1)
     made.engine_or_none = Engine(steps, made.scheduler, ModelLimits(32, 64, (), 128), None)
@@ -129,7 +144,7 @@ class Failing:
 @pytest.fixture
 async def failing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Failing]:
     async def form(timeout_s: float) -> None:
-        pass
+        await asyncio.sleep(0)
 
     monkeypatch.setattr(cluster, "_form", form)
 
@@ -167,13 +182,18 @@ async def test_a_step_that_comes_through_starts_the_count_anew(failing: Failing)
 
 
 async def test_the_time_that_requests_wait_spans_groups_that_form_and_fail(
-    failing: Failing,
+    failing: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    limit_s = failing.cluster.config.recovery_timeout_s
     await failing.fails(Unavailable("lost"))
-    failing.cluster._failing_since -= failing.cluster.config.recovery_timeout_s
+    clock.now += limit_s - 1
     await failing.fails(Unavailable("lost again"))
+    assert not failing.request.done()
+    clock.now += 1
+    await failing.fails(Unavailable("lost once more"))
     with pytest.raises(Unavailable, match="has not recovered"):
         await failing.request
+    assert caplog.text.count("requests fail") == 1, "they are given up once"
 
 
 # What is left of a GPU's memory
