@@ -14,11 +14,12 @@ from colrow import logs, tls
 from colrow.errors import ServiceError
 from coordinator import grpc_server
 from coordinator.access import Access, what_is_open
-from coordinator.cluster import Cluster, ModelFolder, State
+from coordinator.cluster import Cluster, State
 from coordinator.config import CoordinatorConfig, parse
 from coordinator.http import server as http_server
 from coordinator.http.server import HttpServer
 from coordinator.metrics import Metrics
+from coordinator.model_folder import ModelFolder
 from coordinator.shard_group import ShardGroup
 from coordinator.telemetry import Telemetry
 from coordinator.tracing import Tracing

@@ -19,8 +19,9 @@ from colrow.v1 import (
 )
 from coordinator import convert, run_layer, time_communication
 from coordinator.access import Access
-from coordinator.cluster import Cluster, parse_config
+from coordinator.cluster import Cluster
 from coordinator.families import model_spec
+from coordinator.model_folder import parse_config
 from coordinator.request import Request, checked_id
 from coordinator.shard_plan import make_plan
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from colrow import __version__
 from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 from colrow.memory import MemoryLedger, MemoryUse
 from coordinator.block_manager import BlockManager
-from coordinator.cluster import MAX_REFUSALS, Cluster, ModelFolder, State
-from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS, parse
+from coordinator.cluster import MAX_REFUSALS, Cluster, State
+from coordinator.config import DEFAULT_GPU_BATCHED_TOKENS, parse
 from coordinator.engine import Engine
 from coordinator.families import model_spec
 from coordinator.memory_plan import StepLimits, workspace_bytes
+from coordinator.model_folder import ModelFolder
 from coordinator.request import ModelLimits, Request
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
@@ -67,28 +67,8 @@ def cluster(clock: Clock) -> Cluster:
     steps: Any = None
     made.scheduler = Scheduler(BlockManager(8, 16), max_batched_tokens=8, max_running=1)
     made.engine_or_none = Engine(steps, made.scheduler, ModelLimits(32, 64, (), 128), None)
-    made.state = State.SERVING
+    made._set_state(State.SERVING)
     return made
-
-
-@pytest.mark.parametrize(
-    ("flags", "device", "expected"),
-    [
-        ((), "cpu", DEFAULT_CPU_BATCHED_TOKENS),
-        ((), "cuda:0", DEFAULT_GPU_BATCHED_TOKENS),
-        (("--max-running", "2000"), "cpu", 2000),
-        (("--max-batched-tokens", "77"), "cuda:0", 77),
-    ],
-)
-def test_steps_are_as_long_as_suits_the_device(
-    cluster: Cluster, flags: tuple[str, ...], device: str, expected: int
-) -> None:
-    cluster.config = parse(["--model", "m", "--workers", "a:1", *flags])
-    worker: Any = SimpleNamespace(address="a:1")
-    cluster.group = ShardGroup([worker], step_timeout_s=1)
-    described: Any = SimpleNamespace(is_gpu=device != "cpu")
-    cluster.group.statuses[0].description = described
-    assert cluster.max_batched_tokens == expected
 
 
 async def test_a_drain_waits_for_calls_that_have_not_asked_the_engine_yet(

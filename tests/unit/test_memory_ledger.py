@@ -16,7 +16,7 @@ from colrow.errors import ResourceExhausted
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize, size_text
 from colrow.v1 import control_service_pb2
 from coordinator import convert as coordinator_convert
-from coordinator.cluster import ModelFolder
+from coordinator.model_folder import ModelFolder
 from coordinator.shard_plan import make_plan
 from shard_worker import convert, models
 from shard_worker.config import parse
