@@ -13,7 +13,7 @@ from colrow.memory import MemoryLedger
 from colrow.rpc import aio_channel, error_of
 from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
-from coordinator import convert
+from coordinator.convert import descriptions, tensors, workers
 from coordinator.scheduler import Step
 from coordinator.shard_group import Joined, Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
@@ -68,7 +68,7 @@ class WorkerClient:
         """Waits up to `timeout_s` for a worker that is not up yet."""
         call = self._stub.Describe(_pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
         try:
-            return convert.worker_description((await _answer(call)).worker)
+            return descriptions.worker_description((await _answer(call)).worker)
         except ServiceError as error:
             if error.code != "DEADLINE_EXCEEDED":
                 raise
@@ -100,7 +100,7 @@ class WorkerClient:
             epoch=epoch,
             rank=rank,
             size=size,
-            transport=convert.transport_value(transport),
+            transport=descriptions.transport_value(transport),
             communicator_id=communicator_id,
             timeout_s=timeout_s,
         )
@@ -114,7 +114,7 @@ class WorkerClient:
             epoch=epoch, peer_memories=peer_memories, timeout_s=timeout_s
         )
         response = await _answer(self._stub.ConnectPeers(request, timeout=timeout_s + 5))
-        return convert.links(response.links)
+        return descriptions.links(response.links)
 
     async def load(
         self,
@@ -126,7 +126,7 @@ class WorkerClient:
         load_format: str,
         progress: Callable[[LoadProgress], None],
     ) -> int:
-        request = convert.load_request(epoch, folder, config_json, plan, load_format)
+        request = workers.load_request(epoch, folder, config_json, plan, load_format)
         response = None
         try:
             async for response in self._stub.LoadShard(request):
@@ -159,9 +159,9 @@ class WorkerClient:
 
     async def compute_partial(self, *, epoch: int, module: str, activation: np.ndarray) -> Partial:
         request = _pb.ComputePartialRequest(
-            epoch=epoch, module=module, activation=convert.tensor_message(activation)
+            epoch=epoch, module=module, activation=tensors.tensor_message(activation)
         )
-        return convert.partial(
+        return workers.partial(
             await _answer(self._stub.ComputePartial(request, timeout=CALL_TIMEOUT_S))
         )
 
@@ -184,7 +184,7 @@ class WorkerClient:
         self._steps = self._execute_steps()
 
     def encode(self, epoch: int, step: Step) -> bytes:
-        return convert.step_request(epoch, step).SerializeToString()
+        return workers.step_request(epoch, step).SerializeToString()
 
     async def send(self, message: bytes) -> None:
         try:
@@ -200,7 +200,7 @@ class WorkerClient:
             raise _error_of(error) from error
         if response is grpc.aio.EOF:
             raise await self._stream_error()
-        return convert.step_answer(response)
+        return workers.step_answer(response)
 
     def _open_stream(self) -> Any:
         if self._steps is None:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from colrow.errors import Aborted, DeadlineExceeded, InvalidArgument, ServiceError, Unavailable
-from coordinator import convert
+from coordinator.convert import descriptions
 from coordinator.worker_status import UNREACHABLE, Phase, WorkerDescription, WorkerStatus
-from shard_worker import convert as worker_convert
+from shard_worker import convert
 from shard_worker.config import parse
 from shard_worker.executor import Executor
 
@@ -92,8 +92,6 @@ def test_another_process_in_its_place_is_a_restart(
 
 def test_what_a_worker_says_of_itself_reaches_operators_whole() -> None:
     said = replace(Executor(parse([])).describe(), device_name="NVIDIA H200", device_uuid="1-2-3")
-    told = worker_convert.description(said)
-    status = WorkerStatus("host:1", 0)
-    status.heard(convert.worker_description(told))
-    assert convert._status_message(status, 0.0).description == told
+    told = convert.description(said)
+    assert descriptions.description_message(descriptions.worker_description(told)) == told
     assert (told.device_name, told.device_uuid) == ("NVIDIA H200", "1-2-3")
