@@ -100,8 +100,9 @@ class ApiKeys:
     def __init__(self, files: Sequence[Path], field: str) -> None:
         """InvalidArgument of `field` where a file can't be used, or no file has a key."""
         self._field = field
-        self._entries = {file: read_entries(file, field) for file in files}
+        # The versions first: what changes a file while it is read is seen the next time.
         self._versions = {file: _version(file) for file in files}
+        self._entries = {file: read_entries(file, field) for file in files}
         if not any(self._entries.values()):
             raise InvalidArgument(
                 field, str(files[0]), "has no key; make one with `colrow key NAME --file FILE`"

@@ -2,8 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -17,10 +16,13 @@ from colrow.v1 import (
     inference_service_pb2,
     inference_service_pb2_grpc,
 )
-from coordinator import convert, run_layer, time_communication
+from coordinator import prompts, run_layer, time_communication
 from coordinator.access import Access
-from coordinator.cluster import Cluster, parse_config
+from coordinator.cluster import Cluster
+from coordinator.convert import operators, plans, tensors, users
+from coordinator.cost_model import predicted_step
 from coordinator.families import model_spec
+from coordinator.model_folder import parse_config
 from coordinator.request import Request, checked_id
 from coordinator.shard_plan import make_plan
 
@@ -32,13 +34,22 @@ SERVICES = (
     _control_pb.DESCRIPTOR.services_by_name["ControlService"].full_name,
 )
 
-T = TypeVar("T")
-
+MAX_SCORED = 2048  # sequences of one call
 MAX_PLANNED_TP_SIZE = 1024
 MAX_PLANNED_SLICES = 2_000_000  # parameters times ranks: seconds of planning
 MAX_CONFIG_CHARACTERS = 2**20
 MIN_WATCH_INTERVAL_S = 0.05
 TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
+
+
+def _check_count(request: _inference_pb.ScoreRequest) -> None:
+    """InvalidArgument where there are none or too many sequences to be looked at."""
+    if not request.sequences:
+        raise InvalidArgument("sequences", [], "is empty")
+    if len(request.sequences) > MAX_SCORED:
+        raise InvalidArgument(
+            "sequences", f"{len(request.sequences)} sequences", f"are more than {MAX_SCORED}"
+        )
 
 
 def _trace(context: grpc.aio.ServicerContext) -> dict[str, str]:
@@ -66,17 +77,6 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 "prompt", f"{len(tokens.ids)} tokens", f"the context holds {context}"
             )
 
-    async def _aside(
-        self,
-        request: _inference_pb.GenerateRequest | _inference_pb.TokenizeRequest,
-        work: Callable[[], T],
-    ) -> T:
-        """`work` with a request's text, where others don't notice; InvalidArgument if it is too long."""
-        tokenizer = self._cluster.model.tokenizer
-        chat = request.chat if request.HasField("chat") else None
-        length = convert.text_length(request.text, chat, tokenizer)
-        return await tokenizer.aside(length, work) if tokenizer is not None else work()
-
     async def Generate(
         self, request: _inference_pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[_inference_pb.GenerateResponse]:
@@ -86,13 +86,17 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         tokenizer = self._cluster.model.tokenizer
         with self._cluster.call() as engine:
             self._check_context(request.token_ids)
-            asked = await self._aside(
-                request, lambda: convert.generate_request(request, request_id, tokenizer, trace)
-            )
+            text = users.text(request)
+
+            def asked_for() -> Request:
+                ids = users.token_ids(request) if text is None else prompts.encode(text, tokenizer)
+                return users.generate_request(request, ids, request_id, trace)
+
+            asked = await prompts.aside(text or "", tokenizer, asked_for)
             outputs = engine.generate(asked)
             try:
                 async for output in outputs:
-                    yield convert.generate_response(request_id, output)
+                    yield users.generate_response(request_id, output)
             finally:
                 await outputs.aclose()
 
@@ -101,10 +105,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> _inference_pb.ScoreResponse:
         self._check_model(request.model)
         with self._cluster.call() as engine:
-            convert.check_count(request)
+            _check_count(request)
             for sequence in request.sequences:
                 self._check_context(sequence)
-            requests = convert.score_requests(request, uuid.uuid4().hex, _trace(context))
+            requests = users.score_requests(request, uuid.uuid4().hex, _trace(context))
             for one in requests:
                 engine.check(one)
                 await asyncio.sleep(0)  # which takes a while where there are many
@@ -114,7 +118,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             async def score(one: Request) -> _inference_pb.TokenScores:
                 async with turns:
                     async for output in engine.generate(one):
-                        return convert.token_scores(output.prompt_logprobs)
+                        return users.token_scores(output.prompt_logprobs)
                 raise AssertionError("a request ends with an output")
 
             tasks = [asyncio.create_task(score(one)) for one in requests]
@@ -128,28 +132,25 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: _inference_pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.TokenizeResponse:
         self._check_model(request.model)
-        tokenizer = convert.need(self._cluster.model.tokenizer)
+        tokenizer = prompts.need(self._cluster.model.tokenizer)
+        text = users.text(request)
+        if text is None:
+            raise InvalidArgument("input", None, "set text or chat")
 
         def tokenize() -> _inference_pb.TokenizeResponse:
-            match request.WhichOneof("input"):
-                case "text":
-                    ids = convert.text_ids(request.text, tokenizer)
-                case "chat":
-                    ids = convert.chat_ids(request.chat, tokenizer)
-                case _:
-                    raise InvalidArgument("input", None, "set text or chat")
+            ids = prompts.encode(text, tokenizer)
             return _inference_pb.TokenizeResponse(
                 token_ids=ids,
                 tokens=[tokenizer.decode([token], skip_special_tokens=False) for token in ids],
             )
 
-        return await self._aside(request, tokenize)
+        return await prompts.aside(text, tokenizer, tokenize)
 
     async def Detokenize(
         self, request: _inference_pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.DetokenizeResponse:
         self._check_model(request.model)
-        tokenizer = convert.need(self._cluster.model.tokenizer)
+        tokenizer = prompts.need(self._cluster.model.tokenizer)
         tokenizer.check_length("token_ids", len(request.token_ids), "tokens")
         vocab_size = self._cluster.model.spec.vocab_size
         for token in request.token_ids:
@@ -166,7 +167,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: _inference_pb.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> _inference_pb.GetModelResponse:
         self._check_model(request.model)
-        return convert.model_response(self._cluster)
+        return users.model_response(self._cluster)
 
 
 class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
@@ -177,7 +178,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
         self, request: _control_pb.GetClusterRequest, context: grpc.aio.ServicerContext
     ) -> _control_pb.GetClusterResponse:
         await self._cluster.refresh()
-        return _control_pb.GetClusterResponse(cluster=convert.cluster_message(self._cluster))
+        return _control_pb.GetClusterResponse(cluster=operators.cluster_message(self._cluster))
 
     async def WatchCluster(
         self, request: _control_pb.WatchClusterRequest, context: grpc.aio.ServicerContext
@@ -188,7 +189,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
                 "interval_s", interval_s, f"is neither 0 nor at least {MIN_WATCH_INTERVAL_S}"
             )
         async for _ in self._cluster.changes(interval_s or None):
-            yield _control_pb.WatchClusterResponse(cluster=convert.cluster_message(self._cluster))
+            yield _control_pb.WatchClusterResponse(cluster=operators.cluster_message(self._cluster))
 
     async def PlanShards(
         self, request: _control_pb.PlanShardsRequest, context: grpc.aio.ServicerContext
@@ -222,11 +223,12 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
         plan = make_plan(
             spec,
             tp_size,
-            dtype=convert.dtype(request.data_type),
+            dtype=tensors.dtype(request.data_type),
             memory_weights=list(request.memory_weights) or None,
         )
         return _control_pb.PlanShardsResponse(
-            plan=convert.plan_message(plan), prediction=convert.prediction_message(plan)
+            plan=plans.plan_message(plan),
+            prediction=operators.prediction_message(predicted_step(plan)),
         )
 
     async def RunLayer(
@@ -235,7 +237,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
         with self._cluster.call():  # Unavailable while the cluster does not serve
             activation = None
             if request.HasField("activation"):
-                activation = convert.array(request.activation, "activation")
+                activation = tensors.array(request.activation, "activation")
             layer_run = await run_layer.run(
                 self._cluster.model.spec,
                 self._cluster.group.compute_partial,
@@ -245,7 +247,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
                 num_tokens=request.num_tokens or 4,
                 seed=request.seed,
             )
-        response = convert.layer_response(layer_run)
+        response = operators.layer_response(layer_run)
         if response.ByteSize() > MAX_MESSAGE_BYTES:
             raise ResourceExhausted(
                 f"the answer takes {response.ByteSize()} bytes of at most {MAX_MESSAGE_BYTES}; "
@@ -258,7 +260,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
         self, request: _control_pb.TimeCommunicationRequest, context: grpc.aio.ServicerContext
     ) -> _control_pb.TimeCommunicationResponse:
         with self._cluster.call() as engine:
-            return convert.times_response(
+            return operators.times_response(
                 await time_communication.run(
                     engine, request.num_steps, request.tokens_per_step or 1
                 )

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 
 from colrow.errors import InvalidArgument
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize, size_text
-from coordinator.model_spec import Axis
+from coordinator.config import (
+    DEFAULT_CPU_BATCHED_TOKENS,
+    DEFAULT_CPU_CACHE_MIB,
+    DEFAULT_GPU_BATCHED_TOKENS,
+    CoordinatorConfig,
+)
+from coordinator.model_spec import Axis, ModelSpec
+from coordinator.request import ModelLimits
 from coordinator.shard_plan import MAX_LISTED_TP_SIZE, ShardPlan, fitting_tp_sizes, make_plan
 from coordinator.worker_status import WorkerDescription
 
@@ -45,6 +52,45 @@ class MemorySettings:
     gpu_memory_utilization: float
     is_cache_given: bool
     """The cache's size is given, else it takes what is left on a GPU."""
+
+
+def wanted_context(config: CoordinatorConfig, spec: ModelSpec) -> int:
+    """Tokens of prompt and completion together, as far as the cache holds them."""
+    limit = spec.max_position_embeddings
+    return min(limit, config.max_model_len or limit)
+
+
+def max_batched_tokens(config: CoordinatorConfig, descriptions: Sequence[WorkerDescription]) -> int:
+    """Of a step."""
+    if config.max_batched_tokens is not None:
+        return config.max_batched_tokens
+    on_gpu = all(description.is_gpu for description in descriptions)
+    default = DEFAULT_GPU_BATCHED_TOKENS if on_gpu else DEFAULT_CPU_BATCHED_TOKENS
+    # Every running sequence gets its token.
+    return max(default, config.max_running)
+
+
+def memory_settings(
+    config: CoordinatorConfig, spec: ModelSpec, descriptions: Sequence[WorkerDescription]
+) -> MemorySettings:
+    """InvalidArgument for a context that the model has not."""
+    context = spec.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise InvalidArgument(
+            "max_model_len", config.max_model_len, f"the model's context is {context}"
+        )
+    # A context that nobody asked for is cut to what there is room for.
+    least, size = config.max_model_len or 1, config.block_size
+    return MemorySettings(
+        limits=StepLimits(
+            max_batched_tokens(config, descriptions),
+            config.max_running,
+            wanted_context(config, spec),
+        ),
+        least_cache_tokens=-(-least // size) * size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        is_cache_given=config.num_blocks is not None or config.kv_cache_bytes is not None,
+    )
 
 
 def layer_bytes(plan: ShardPlan, rank: int, num_tokens: int) -> int:
@@ -146,6 +192,43 @@ def cache_room(
             f"{size_text(free)} of {size_text(total)} are free",
         )
     return left
+
+
+def size_cache(
+    config: CoordinatorConfig,
+    plan: ShardPlan,
+    descriptions: Sequence[WorkerDescription],
+    settings: MemorySettings,
+) -> tuple[int, ModelLimits]:
+    """Blocks of the KV cache, as many as fit on every rank, and the context.
+
+    `descriptions` are by rank, of workers that have their weights. InvalidArgument for too little room.
+    """
+    context, num_blocks = settings.limits.context, config.num_blocks
+    if num_blocks is None:
+        # Sequences that fill the batch with whole contexts are all the cache could be used for.
+        num_blocks = config.max_running * -(-context // config.block_size)
+        for shard, description in zip(plan.ranks, descriptions, strict=True):
+            if config.kv_cache_bytes is not None:
+                room = config.kv_cache_bytes
+            elif description.is_gpu:
+                room = cache_room(plan, shard.rank, description, settings)
+            else:
+                room = DEFAULT_CPU_CACHE_MIB * 2**20
+            block_bytes = config.block_size * shard.kv_bytes_per_token
+            num_blocks = min(num_blocks, room // block_bytes)
+            if num_blocks < 1:
+                raise InvalidArgument(
+                    "kv_cache_mib",
+                    room / 2**20,
+                    f"a block of {config.block_size} tokens takes {block_bytes} bytes on rank "
+                    f"{shard.rank} ({description.device}: {description.memory})",
+                )
+    cache_tokens = num_blocks * config.block_size
+    context = min(context, cache_tokens)
+    return num_blocks, ModelLimits(
+        plan.spec.vocab_size, context, plan.spec.eos_token_ids, cache_tokens
+    )
 
 
 def check_fits(

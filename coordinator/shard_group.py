@@ -5,6 +5,7 @@ raised with its rank and address in it.
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,14 @@ from colrow.errors import (
 from colrow.memory import MemoryLedger
 from coordinator.scheduler import RankTimes, Step, StepOutput
 from coordinator.shard_plan import ShardPlan
-from coordinator.worker_status import Link, LoadProgress, Phase, WorkerDescription, WorkerStatus
+from coordinator.worker_status import (
+    STALE_EPOCH,
+    Link,
+    LoadProgress,
+    Phase,
+    WorkerDescription,
+    WorkerStatus,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +112,11 @@ class Worker(Protocol):
         self, *, epoch: int, module: str, activation: np.ndarray
     ) -> Partial: ...
     async def abort(self, *, epoch: int, timeout_s: float) -> None: ...
-    def open_steps(self, epoch: int) -> None: ...
-    async def send(self, step: Step) -> None: ...
+    def open_steps(self) -> None: ...
+    def encode(self, epoch: int, step: Step) -> bytes:
+        """A step as every worker is to be sent it."""
+
+    async def send(self, message: bytes) -> None: ...
     async def receive(self) -> StepAnswer: ...
     async def close(self) -> None: ...
 
@@ -125,11 +136,15 @@ class ShardGroup:
     def size(self) -> int:
         return len(self.workers)
 
-    async def _all(self, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
-        """One call to every worker at a time; the first error, with who raised it."""
+    async def _all(
+        self,
+        call: Callable[[int, Worker], Awaitable[T]],
+        ranks: Sequence[int] | None = None,
+    ) -> list[T]:
+        """One call to every worker, or to `ranks`, at a time; the first error, with who raised it."""
 
-        async def guarded(rank: int, worker: Worker) -> T:
-            status = self.statuses[rank]
+        async def guarded(rank: int) -> T:
+            status, worker = self.statuses[rank], self.workers[rank]
             try:
                 return await call(rank, worker)
             except ServiceError as error:
@@ -140,9 +155,8 @@ class ShardGroup:
                 error.metadata |= {"rank": str(rank), "worker": worker.address}
                 raise
 
-        tasks = [
-            asyncio.ensure_future(guarded(rank, worker)) for rank, worker in enumerate(self.workers)
-        ]
+        asked = range(self.size) if ranks is None else ranks
+        tasks = [asyncio.ensure_future(guarded(rank)) for rank in asked]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -150,7 +164,12 @@ class ShardGroup:
             for task in tasks:
                 task.cancel()
 
-    async def _in_phase(self, phase: Phase, call: Callable[[int, Worker], Awaitable[T]]) -> list[T]:
+    async def _in_phase(
+        self,
+        phase: Phase,
+        call: Callable[[int, Worker], Awaitable[T]],
+        ranks: Sequence[int] | None = None,
+    ) -> list[T]:
         """`_all`, with every worker in `phase` until it has answered."""
 
         async def one(rank: int, worker: Worker) -> T:
@@ -159,7 +178,7 @@ class ShardGroup:
             self.statuses[rank].enter(Phase.WAITING)
             return answer
 
-        return await self._all(one)
+        return await self._all(one, ranks)
 
     async def describe(self, timeout_s: float) -> list[WorkerDescription]:
         """What every worker says; also kept in `statuses`. Waits for those that still start."""
@@ -209,7 +228,7 @@ class ShardGroup:
         for status in self.statuses:
             if status.description is not None and status.description.epoch > self._last_epoch:
                 raise FailedPrecondition(
-                    f"worker {status.rank} ({status.address}) was taken by another coordinator",
+                    f"{status.name} was taken by another coordinator",
                     reason=TAKEN,
                     metadata={"rank": str(status.rank), "worker": status.address},
                 )
@@ -220,7 +239,7 @@ class ShardGroup:
             assert status.description is not None
             if status.description.version != __version__:
                 raise FailedPrecondition(
-                    f"worker {status.rank} ({status.address}): version = "
+                    f"{status.name}: version = "
                     f"{status.description.version!r}: the coordinator is {__version__!r}; "
                     "install the same version on both",
                     reason="VERSION_MISMATCH",
@@ -233,11 +252,9 @@ class ShardGroup:
 
         `wanted` decides first. FailedPrecondition where the workers can't use it.
         """
+        self._check_devices()
         descriptions = [status.description for status in self.statuses if status.description]
         on_gpu = {description.is_gpu for description in descriptions}
-        if len(on_gpu) > 1:
-            devices = ", ".join(f"{d.rank}: {d.device}" for d in descriptions)
-            raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({devices})")
         if self.size == 1:
             return "single"
         usable = ("peer", "nccl") if True in on_gpu else ("shm", "gloo")
@@ -258,8 +275,32 @@ class ShardGroup:
         is_within = len(hosts) == 1 and not (within_host == "peer" and self.size > MAX_PEERS)
         return wanted or (within_host if is_within else anywhere)
 
+    def _check_devices(self) -> None:
+        """FailedPrecondition where some are on GPUs and others on CPUs, or two on one GPU."""
+        devices = [(s, s.description) for s in self.statuses if s.description is not None]
+        if len({description.is_gpu for _, description in devices}) > 1:
+            listed = ", ".join(f"{s.name}: {description.device}" for s, description in devices)
+            raise FailedPrecondition(f"workers on GPUs and on CPUs can't be one group ({listed})")
+        owners: dict[str, WorkerStatus] = {}
+        for status, description in devices:
+            if not description.device_uuid:
+                continue
+            owner = owners.setdefault(description.device_uuid, status)
+            if owner is not status:
+                used = {d.device for _, d in devices if d.host_id == description.host_id}
+                free = next(name for n in itertools.count() if (name := f"cuda:{n}") not in used)
+                raise FailedPrecondition(
+                    f"{owner.name} and {status.name} are on the same GPU, {description.device} "
+                    f"({description.device_name}, {description.device_uuid}); start one of them "
+                    f"with --device {free}",
+                    reason="GPU_SHARED",
+                )
+
     async def join(self, transport: str) -> None:
-        """Forms a group of a new epoch, with a communicator id that rank 0 makes."""
+        """Forms a group of a new epoch, with a communicator id that rank 0 makes.
+
+        Where that fails some may have joined already: `abort` has them leave.
+        """
         seen = [status.description.epoch for status in self.statuses if status.description]
         epoch = self._last_epoch = max([self._last_epoch, *seen]) + 1
         # A worker may still be in the group of a coordinator that is gone.
@@ -277,7 +318,10 @@ class ShardGroup:
 
         communicator_id = b""
         if transport != "single":
-            communicator_id = (await one(0, self.workers[0], b"")).communicator_id
+            [made] = await self._in_phase(
+                Phase.JOINING, lambda rank, worker: one(rank, worker, b""), ranks=(0,)
+            )
+            communicator_id = made.communicator_id
         joined = await self._in_phase(
             Phase.JOINING, lambda rank, worker: one(rank, worker, communicator_id)
         )
@@ -360,13 +404,15 @@ class ShardGroup:
             ),
         )
         for worker, status in zip(self.workers, self.statuses, strict=True):
-            worker.open_steps(self.epoch)
+            worker.open_steps()
             status.last_step_id = 0
             status.enter(Phase.SERVING)
 
     async def send(self, step: Step) -> None:
         """Hands a step to every worker without waiting for its result."""
-        await self._all(lambda rank, worker: worker.send(step))
+        # Made once: of many sequences that takes as long as a good part of a step of a GPU.
+        message = self.workers[0].encode(self.epoch, step)
+        await self._all(lambda rank, worker: worker.send(message))
 
     async def receive(self) -> StepOutput:
         """What the oldest step gave that was not received.
@@ -415,18 +461,25 @@ class ShardGroup:
         )
 
     async def abort(self, timeout_s: float = 2.0) -> None:
-        """Ends the epoch on every worker that can be reached; weights stay loaded."""
+        """Ends the last epoch, also one that did not come to be, on every worker that can be reached.
+
+        Weights stay loaded.
+        """
+        if not self._last_epoch:
+            return
 
         async def one(rank: int, worker: Worker) -> None:
             status = self.statuses[rank]
             try:
-                await worker.abort(epoch=self.epoch, timeout_s=timeout_s)
+                await worker.abort(epoch=self._last_epoch, timeout_s=timeout_s)
             except ServiceError as error:
                 log.warning("%s: abort: %s", status.where, error)
-                status.failed(error)
-            else:
-                if status.phase is not Phase.CONNECTING:
-                    status.enter(Phase.WAITING)
+                # One that is in a group of another epoch has left this one, as it should.
+                if error.reason != STALE_EPOCH:
+                    status.failed(error)
+                    return
+            if status.phase is not Phase.CONNECTING:
+                status.enter(Phase.WAITING)
 
         await asyncio.gather(*(one(rank, worker) for rank, worker in enumerate(self.workers)))
 

@@ -13,7 +13,7 @@ from colrow.memory import MemoryLedger
 from colrow.rpc import aio_channel, error_of
 from colrow.tls import Tls, explain
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
-from coordinator import convert
+from coordinator.convert import descriptions, tensors, workers
 from coordinator.scheduler import Step
 from coordinator.shard_group import Joined, Partial, StepAnswer
 from coordinator.shard_plan import ShardPlan
@@ -29,6 +29,7 @@ _pb = shard_worker_service_pb2
 
 T = TypeVar("T")
 
+SERVICE = _pb.DESCRIPTOR.services_by_name["ShardWorkerService"].full_name
 CALL_TIMEOUT_S = 60.0
 WHY_TIMEOUT_S = 0.5
 
@@ -57,14 +58,17 @@ class WorkerClient:
         self._encrypted = tls is not None
         self._channel = aio_channel(address, tls)
         self._stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(self._channel)
+        # The stub's own would turn a message into bytes for each worker again.
+        self._execute_steps: Any = self._channel.stream_stream(
+            f"/{SERVICE}/ExecuteSteps", response_deserializer=_pb.ExecuteStepsResponse.FromString
+        )
         self._steps: Any = None
-        self._epoch = 0
 
     async def describe(self, timeout_s: float) -> WorkerDescription:
         """Waits up to `timeout_s` for a worker that is not up yet."""
         call = self._stub.Describe(_pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
         try:
-            return convert.worker_description((await _answer(call)).worker)
+            return descriptions.worker_description((await _answer(call)).worker)
         except ServiceError as error:
             if error.code != "DEADLINE_EXCEEDED":
                 raise
@@ -96,7 +100,7 @@ class WorkerClient:
             epoch=epoch,
             rank=rank,
             size=size,
-            transport=convert.transport_value(transport),
+            transport=descriptions.transport_value(transport),
             communicator_id=communicator_id,
             timeout_s=timeout_s,
         )
@@ -110,7 +114,7 @@ class WorkerClient:
             epoch=epoch, peer_memories=peer_memories, timeout_s=timeout_s
         )
         response = await _answer(self._stub.ConnectPeers(request, timeout=timeout_s + 5))
-        return convert.links(response.links)
+        return descriptions.links(response.links)
 
     async def load(
         self,
@@ -122,7 +126,7 @@ class WorkerClient:
         load_format: str,
         progress: Callable[[LoadProgress], None],
     ) -> int:
-        request = convert.load_request(epoch, folder, config_json, plan, load_format)
+        request = workers.load_request(epoch, folder, config_json, plan, load_format)
         response = None
         try:
             async for response in self._stub.LoadShard(request):
@@ -155,9 +159,9 @@ class WorkerClient:
 
     async def compute_partial(self, *, epoch: int, module: str, activation: np.ndarray) -> Partial:
         request = _pb.ComputePartialRequest(
-            epoch=epoch, module=module, activation=convert.tensor_message(activation)
+            epoch=epoch, module=module, activation=tensors.tensor_message(activation)
         )
-        return convert.partial(
+        return workers.partial(
             await _answer(self._stub.ComputePartial(request, timeout=CALL_TIMEOUT_S))
         )
 
@@ -175,14 +179,16 @@ class WorkerClient:
                 f"does not leave the group within {timeout_s:g} s", reason=UNREACHABLE
             ) from error
 
-    def open_steps(self, epoch: int) -> None:
+    def open_steps(self) -> None:
         """Opens the stream that carries the steps of one epoch."""
-        self._epoch = epoch
-        self._steps = self._stub.ExecuteSteps()
+        self._steps = self._execute_steps()
 
-    async def send(self, step: Step) -> None:
+    def encode(self, epoch: int, step: Step) -> bytes:
+        return workers.step_request(epoch, step).SerializeToString()
+
+    async def send(self, message: bytes) -> None:
         try:
-            await self._open_stream().write(convert.step_request(self._epoch, step))
+            await self._open_stream().write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise await self._stream_error() from error
 
@@ -194,7 +200,7 @@ class WorkerClient:
             raise _error_of(error) from error
         if response is grpc.aio.EOF:
             raise await self._stream_error()
-        return convert.step_answer(response)
+        return workers.step_answer(response)
 
     def _open_stream(self) -> Any:
         if self._steps is None:

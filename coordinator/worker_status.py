@@ -9,6 +9,7 @@ from colrow.memory import GraphSizes, MemoryLedger
 
 UNREACHABLE = "WORKER_UNREACHABLE"
 STREAM_ENDED = "STREAM_ENDED"
+STALE_EPOCH = "STALE_EPOCH"  # of a worker that is in a group of another epoch, or in none
 
 _LOST = {UNREACHABLE, STREAM_ENDED, Unavailable.reason, DeadlineExceeded.reason}
 """Reasons of errors that no worker sent: nobody was there to do so. A worker that sends one is there."""
@@ -79,6 +80,9 @@ class WorkerDescription:
     links: tuple[Link, ...] = ()
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     graph_sizes: GraphSizes = field(default_factory=GraphSizes)
+    device_name: str = ""
+    device_uuid: str = ""
+    """Of a GPU; the same wherever it is seen."""
 
     @property
     def is_gpu(self) -> bool:
@@ -115,9 +119,13 @@ class WorkerStatus:
     num_restarts: int = 0
 
     @property
+    def name(self) -> str:
+        return f"worker {self.rank} ({self.address})"
+
+    @property
     def where(self) -> str:
         """Who it is and how far: the beginning of what is said when something goes wrong with it."""
-        return f"worker {self.rank} ({self.address}), {self._progress}"
+        return f"{self.name}, {self._progress}"
 
     @property
     def _progress(self) -> str:

@@ -14,11 +14,12 @@ from colrow.v1 import sampling_pb2, shard_plan_pb2, shard_worker_service_pb2, te
 from shard_worker import models
 from shard_worker.checkpoint import LoadProgress
 from shard_worker.communicator import Link
-from shard_worker.executor import Description, LoadRequest, State
+from shard_worker.executor import Description, State
 from shard_worker.joining import Group
 from shard_worker.model_runner import Chunk, NewSequence, SequenceLogprobs, Step, StepResult
 from shard_worker.partial import Partial
 from shard_worker.sampling import Sampling
+from shard_worker.shard import LoadRequest
 from shard_worker.sharding import Parameter, Section
 
 _pb = shard_worker_service_pb2
@@ -262,6 +263,8 @@ def description(worker: Description) -> _pb.WorkerDescription:
         supported_architectures=sorted(models.FAMILIES),
         links=links(worker.links),
         memory=_memory(worker.memory, worker.graph_sizes),
+        device_name=worker.device_name,
+        device_uuid=worker.device_uuid,
     )
 
 

@@ -33,6 +33,7 @@ from shard_worker.communicator import (
 )
 from shard_worker.communicator.peer import PeerCommunicator
 from shard_worker.config import WorkerConfig
+from shard_worker.device import device_name, device_uuid
 from shard_worker.device_thread import DeviceThread
 from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
@@ -45,8 +46,6 @@ from shard_worker.sampler import Sampler
 from shard_worker.shard import LoadRequest, Shard, Source
 from shard_worker.step_graphs import GRAPH_SIZES
 from shard_worker.tensor_parallel import OpStats, TensorParallel
-
-__all__ = ["Description", "Executor", "LoadRequest", "State"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +83,8 @@ class Description:
     links: Sequence[Link]
     memory: MemoryLedger = field(default_factory=MemoryLedger)
     graph_sizes: GraphSizes = field(default_factory=GraphSizes)
+    device_name: str = ""
+    device_uuid: str = ""
 
 
 def _give_memory_back() -> None:
@@ -163,6 +164,8 @@ class Executor:
             links=self._tp.comm.links if self._tp and self._group else (),
             memory=self._ledger(),
             graph_sizes=GRAPH_SIZES if self._captures_graphs else GraphSizes(),
+            device_name=device_name(self._device.device),
+            device_uuid=device_uuid(self._device.device),
         )
 
     def _ledger(self) -> MemoryLedger:

@@ -20,7 +20,7 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from coordinator import convert
+from coordinator.convert import workers
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests.clusters import start
@@ -252,7 +252,7 @@ class Led:
         self.stub = shard_worker_service_pb2_grpc.ShardWorkerServiceStub(channel)
         config = (folder / "config.json").read_text()
         self._plan = make_plan(model_spec(json.loads(config)), 1)
-        self._load = convert.load_request(0, folder, config, self._plan, "safetensors")
+        self._load = workers.load_request(0, folder, config, self._plan, "safetensors")
         self.epoch = 0
 
     def requests(self, epoch: int) -> dict[str, list[Any]]:

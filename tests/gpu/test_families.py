@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator.cluster import ModelFolder
+from coordinator.model_folder import ModelFolder
 from coordinator.shard_plan import fitting_tp_sizes
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster

@@ -16,7 +16,7 @@ from benchmarks.ranks import JOIN_TIMEOUT_S, Exchange, in_rank_order, run_ranks,
 from colrow.errors import ServiceError
 from colrow.memory import MemoryLedger
 from coordinator.block_manager import BlockManager
-from coordinator.cluster import ModelFolder
+from coordinator.model_folder import ModelFolder
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sampling
 from coordinator.sequence import Sequence as Continuation
@@ -154,7 +154,7 @@ async def abort_while_a_step_waits(
         lone = scheduler.schedule()
         assert lone is not None
         first = group.workers[0]
-        await first.send(lone)
+        await first.send(first.encode(group.epoch, lone))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(first.receive(), 1.0)
         began = time.monotonic()

@@ -40,7 +40,7 @@ from colrow.v1 import (
     shard_worker_service_pb2_grpc,
     tensor_pb2,
 )
-from coordinator import convert
+from coordinator.convert import tensors, workers
 from coordinator.families import model_spec
 from coordinator.shard_plan import make_plan
 from tests import checkpoints, dying_worker
@@ -177,11 +177,11 @@ def run_layer(
 
 
 def floats(*shape: int) -> tensor_pb2.Tensor:
-    return convert.tensor_message(np.zeros(shape, dtype=np.float32))
+    return tensors.tensor_message(np.zeros(shape, dtype=np.float32))
 
 
 def ids(*values: int) -> tensor_pb2.Tensor:
-    return convert.tensor_message(np.array(values, dtype=np.int64))
+    return tensors.tensor_message(np.array(values, dtype=np.int64))
 
 
 LLAMA = {
@@ -954,7 +954,7 @@ class Worker:
     def load(self, epoch: int | None = None, **fields: Any) -> Any:
         config = (self.model.folder / "config.json").read_text()
         shards = make_plan(model_spec(json.loads(config)), 1)
-        request = convert.load_request(
+        request = workers.load_request(
             self.epoch if epoch is None else epoch,
             self.model.folder,
             config,

@@ -21,9 +21,10 @@ from prometheus_client.samples import Sample
 
 from client import Colrow
 from colrow.v1 import inference_service_pb2, inference_service_pb2_grpc
-from coordinator.cluster import Cluster, ModelFolder, State
+from coordinator.cluster import Cluster, State
 from coordinator.config import parse
 from coordinator.metrics import Metrics
+from coordinator.model_folder import ModelFolder
 from coordinator.request import Request, SamplingRequest
 from coordinator.shard_group import ShardGroup
 from coordinator.telemetry import Telemetry

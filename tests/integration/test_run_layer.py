@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from client.grpc_client import array
 from colrow.v1 import control_service_pb2, shard_plan_pb2
-from coordinator.cluster import ModelFolder
+from coordinator.model_folder import ModelFolder
 from coordinator.model_spec import ModelSpec
 from coordinator.shard_plan import ShardPlan, make_plan
 from tests import checkpoints

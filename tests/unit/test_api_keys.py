@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from colrow.errors import InvalidArgument, Unauthenticated
+from coordinator import api_keys
 from coordinator.access import Access, what_is_open
-from coordinator.api_keys import ApiKeys, add_key, read_entries
+from coordinator.api_keys import ApiKeys, Entry, add_key, new_key, read_entries
 from coordinator.config import CoordinatorConfig, parse
 
 pytestmark = pytest.mark.timeout(60)
@@ -49,6 +50,23 @@ def test_a_key_is_known_by_its_owners_name_whatever_the_case_of_the_scheme(file:
     keys = ApiKeys([file], "api_keys")
     assert keys.name_of(f"Bearer {alice}") == "alice"
     assert keys.name_of(f"bearer {bob}") == "bob"
+
+
+def test_a_key_that_is_added_while_the_file_is_first_read_opens_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_key("alice", file)
+    key, entry = new_key("bob")
+    late = [entry.line]
+
+    def read(file: Path, field: str) -> tuple[Entry, ...]:
+        entries = read_entries(file, field)
+        if late:
+            file.write_text(file.read_text() + late.pop())
+        return entries
+
+    monkeypatch.setattr(api_keys, "read_entries", read)
+    assert ApiKeys([file], "api_keys").name_of(f"Bearer {key}") == "bob"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from colrow import __version__
 from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
 from colrow.memory import MemoryLedger, MemoryUse
 from coordinator.block_manager import BlockManager
-from coordinator.cluster import MAX_REFUSALS, Cluster, ModelFolder, State
-from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS, parse
+from coordinator.cluster import MAX_REFUSALS, Cluster, State
+from coordinator.config import DEFAULT_GPU_BATCHED_TOKENS, parse
 from coordinator.engine import Engine
 from coordinator.families import model_spec
 from coordinator.memory_plan import StepLimits, workspace_bytes
+from coordinator.model_folder import ModelFolder
 from coordinator.request import ModelLimits, Request
 from coordinator.scheduler import Scheduler
 from coordinator.shard_group import ShardGroup
@@ -43,37 +43,32 @@ CONFIG = {
 }
 
 
+@dataclass
+class Clock:
+    """Time that passes when it is told to."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def cluster() -> Cluster:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cluster(clock: Clock) -> Cluster:
     """One that serves, with workers that nobody calls."""
     config = parse(["--model", "m", "--workers", "a:1"])
     model = ModelFolder(Path("m"), json.dumps(CONFIG), model_spec(CONFIG), None)
-    made = Cluster(config, model, ShardGroup([], step_timeout_s=1))
+    made = Cluster(config, model, ShardGroup([], step_timeout_s=1), clock=clock)
     steps: Any = None
     made.scheduler = Scheduler(BlockManager(8, 16), max_batched_tokens=8, max_running=1)
     made.engine_or_none = Engine(steps, made.scheduler, ModelLimits(32, 64, (), 128), None)
-    made.state = State.SERVING
+    made._set_state(State.SERVING)
     return made
-
-
-@pytest.mark.parametrize(
-    ("flags", "device", "expected"),
-    [
-        ((), "cpu", DEFAULT_CPU_BATCHED_TOKENS),
-        ((), "cuda:0", DEFAULT_GPU_BATCHED_TOKENS),
-        (("--max-running", "2000"), "cpu", 2000),
-        (("--max-batched-tokens", "77"), "cuda:0", 77),
-    ],
-)
-def test_steps_are_as_long_as_suits_the_device(
-    cluster: Cluster, flags: tuple[str, ...], device: str, expected: int
-) -> None:
-    cluster.config = parse(["--model", "m", "--workers", "a:1", *flags])
-    worker: Any = SimpleNamespace(address="a:1")
-    cluster.group = ShardGroup([worker], step_timeout_s=1)
-    described: Any = SimpleNamespace(is_gpu=device != "cpu")
-    cluster.group.statuses[0].description = described
-    assert cluster.max_batched_tokens == expected
 
 
 async def test_a_drain_waits_for_calls_that_have_not_asked_the_engine_yet(
@@ -129,7 +124,7 @@ class Failing:
 @pytest.fixture
 async def failing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Failing]:
     async def form(timeout_s: float) -> None:
-        pass
+        await asyncio.sleep(0)
 
     monkeypatch.setattr(cluster, "_form", form)
 
@@ -167,13 +162,18 @@ async def test_a_step_that_comes_through_starts_the_count_anew(failing: Failing)
 
 
 async def test_the_time_that_requests_wait_spans_groups_that_form_and_fail(
-    failing: Failing,
+    failing: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    limit_s = failing.cluster.config.recovery_timeout_s
     await failing.fails(Unavailable("lost"))
-    failing.cluster._failing_since -= failing.cluster.config.recovery_timeout_s
+    clock.now += limit_s - 1
     await failing.fails(Unavailable("lost again"))
+    assert not failing.request.done()
+    clock.now += 1
+    await failing.fails(Unavailable("lost once more"))
     with pytest.raises(Unavailable, match="has not recovered"):
         await failing.request
+    assert caplog.text.count("requests fail") == 1, "they are given up once"
 
 
 # What is left of a GPU's memory
@@ -213,7 +213,7 @@ class Gpu:
         self.allocated = request
         return 0
 
-    def open_steps(self, epoch: int) -> None: ...
+    def open_steps(self) -> None: ...
 
 
 async def serve_on(gpu: Gpu, *flags: str) -> None:

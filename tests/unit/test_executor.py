@@ -14,20 +14,21 @@ import pytest
 import torch
 
 from colrow.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
-from coordinator import convert as coordinator_convert
-from coordinator.cluster import ModelFolder
+from coordinator.convert import workers
+from coordinator.model_folder import ModelFolder
 from coordinator.shard_plan import make_plan
 from shard_worker import __main__, convert, device_thread
 from shard_worker.communicator.nccl import NcclCommunicator
 from shard_worker.communicator.single import SingleCommunicator
 from shard_worker.config import expandable_segments, parse
 from shard_worker.device_thread import DeviceThread
-from shard_worker.executor import Executor, LoadRequest, State
+from shard_worker.executor import Executor, State
 from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
 from shard_worker.memory_meter import MemoryMeter
 from shard_worker.model_runner import Chunk, ModelRunner, NewSequence, Step, StepResult
 from shard_worker.sampling import Sampling
+from shard_worker.shard import LoadRequest
 from tests import checkpoints
 
 
@@ -191,7 +192,7 @@ def request_of_one(folder: Path) -> LoadRequest:
     model = ModelFolder.open(folder)
     plan = make_plan(model.spec, 1)
     return convert.load_request(
-        coordinator_convert.load_request(1, folder, model.config_json, plan, "safetensors")
+        workers.load_request(1, folder, model.config_json, plan, "safetensors")
     )
 
 

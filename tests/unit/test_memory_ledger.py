@@ -15,8 +15,8 @@ from client.views import memory_table
 from colrow.errors import ResourceExhausted
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize, size_text
 from colrow.v1 import control_service_pb2
-from coordinator import convert as coordinator_convert
-from coordinator.cluster import ModelFolder
+from coordinator.convert import descriptions, workers
+from coordinator.model_folder import ModelFolder
 from coordinator.shard_plan import make_plan
 from shard_worker import convert, models
 from shard_worker.config import parse
@@ -67,9 +67,9 @@ def test_the_coordinator_tells_on_what_the_worker_told() -> None:
     told = convert.description(worker)
     assert not told.memory.workspace.HasField("actual_bytes"), "unknown is not zero"
     assert told.memory.graphs.HasField("actual_bytes"), "and zero is known"
-    heard = coordinator_convert.worker_description(told)
+    heard = descriptions.worker_description(told)
     assert (heard.memory, heard.graph_sizes) == (LEDGER, sizes)
-    assert coordinator_convert._description_message(heard).memory == told.memory
+    assert descriptions.description_message(heard).memory == told.memory
 
 
 def test_the_contract_has_the_uses_of_the_ledger() -> None:
@@ -206,7 +206,7 @@ class LedWorker:
         model = ModelFolder.open(folder)
         self.plan = make_plan(model.spec, 1)
         self.request = convert.load_request(
-            coordinator_convert.load_request(1, folder, model.config_json, self.plan, "safetensors")
+            workers.load_request(1, folder, model.config_json, self.plan, "safetensors")
         )
 
     async def join(self) -> None:

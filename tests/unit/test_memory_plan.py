@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.predict_scaling import LLAMA_8B, LLAMA_70B
 from colrow.errors import InvalidArgument
 from colrow.memory import GraphSizes, MemoryLedger, MemoryUse, StepSize
+from coordinator.config import DEFAULT_CPU_BATCHED_TOKENS, DEFAULT_GPU_BATCHED_TOKENS, parse
 from coordinator.families import model_spec
 from coordinator.memory_plan import (
     MemorySettings,
@@ -20,6 +21,7 @@ from coordinator.memory_plan import (
     graph_bytes,
     layer_bytes,
     logits_bytes,
+    max_batched_tokens,
     planned,
     workspace_bytes,
 )
@@ -62,6 +64,27 @@ def refusal(call: Callable[[], Any]) -> InvalidArgument:
     with pytest.raises(InvalidArgument) as raised:
         call()
     return raised.value
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ((), cpu(GIB), DEFAULT_CPU_BATCHED_TOKENS),
+        ((), gpu(GIB), DEFAULT_GPU_BATCHED_TOKENS),
+        (("--max-running", "2000"), cpu(GIB), 2000),
+        (("--max-batched-tokens", "77"), gpu(GIB), 77),
+    ],
+)
+def test_steps_are_as_long_as_suits_the_device(
+    flags: tuple[str, ...], device: WorkerDescription, expected: int
+) -> None:
+    assert (
+        max_batched_tokens(parse(["--model", "m", "--workers", "a:1", *flags]), [device])
+        == expected
+    )
 
 
 # Bytes

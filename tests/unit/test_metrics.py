@@ -19,11 +19,12 @@ from colrow.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from colrow.memory import MemoryLedger, MemoryUse
 from coordinator import metrics
 from coordinator.block_manager import BlockManager
-from coordinator.cluster import Cluster, ModelFolder, State
+from coordinator.cluster import Cluster, State
 from coordinator.config import parse
 from coordinator.engine import Engine
 from coordinator.families import model_spec
 from coordinator.metrics import Metrics
+from coordinator.model_folder import ModelFolder
 from coordinator.request import ModelLimits, Request, RequestRecord
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import Sampling, Sequence
@@ -133,7 +134,7 @@ class Scraped:
         limits = ModelLimits(100, 512, (), 128)
         engine = Engine(steps, scheduler, limits, None, max_waiting=2, observer=self.metrics)
         self.cluster.scheduler, self.cluster.engine_or_none = scheduler, engine
-        self.cluster.state = State.SERVING
+        self.cluster._set_state(State.SERVING)
         return scheduler, engine
 
     async def samples(self) -> list[Sample]:
@@ -289,7 +290,7 @@ async def test_refused_requests_are_counted_by_reason(scraped: Scraped) -> None:
 
 @pytest.mark.parametrize("state", State)
 async def test_one_state_is_1(scraped: Scraped, state: State) -> None:
-    scraped.cluster.state = state
+    scraped.cluster._set_state(state)
     shown = await scraped.values("colrow_cluster_state", "state")
     assert shown == {each.value: float(each is state) for each in State}
 

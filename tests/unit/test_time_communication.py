@@ -7,7 +7,8 @@ import pytest
 from client.times_view import times_tables
 from colrow.errors import InvalidArgument, Unavailable
 from colrow.v1 import control_service_pb2 as pb
-from coordinator import convert, time_communication
+from coordinator import time_communication
+from coordinator.convert import operators
 from coordinator.step_times import StepTimes
 from tests.unit.test_engine import (
     CONTEXT,
@@ -160,7 +161,7 @@ async def test_numbers_that_can_not_be_are_refused_by_name(
 
 async def response(num_steps: int) -> pb.TimeCommunicationResponse:
     async with Running() as running:
-        return convert.times_response(await time_communication.run(running.engine, num_steps, 1))
+        return operators.times_response(await time_communication.run(running.engine, num_steps, 1))
 
 
 async def test_the_table_has_the_shares_of_each_operation_and_path() -> None:
@@ -179,7 +180,7 @@ async def test_by_module_there_is_a_row_for_each() -> None:
 
 def test_one_rank_has_nothing_to_communicate() -> None:
     alone = StepTimes(4, num_tokens=4, steps_us=8000)
-    (line,) = times_tables(convert.times_response(alone))
+    (line,) = times_tables(operators.times_response(alone))
     assert line == (
         "In 4 steps that were timed, of 1 token and 2,000 µs each, nothing was communicated: "
         "one rank has nobody to talk to."

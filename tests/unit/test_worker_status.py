@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 
 from colrow.errors import Aborted, DeadlineExceeded, InvalidArgument, ServiceError, Unavailable
+from coordinator.convert import descriptions
 from coordinator.worker_status import UNREACHABLE, Phase, WorkerDescription, WorkerStatus
+from shard_worker import convert
+from shard_worker.config import parse
+from shard_worker.executor import Executor
 
 DESCRIPTION = WorkerDescription(
     version="1",
@@ -84,3 +88,10 @@ def test_another_process_in_its_place_is_a_restart(
 ) -> None:
     serving.heard(replace(DESCRIPTION, **change))  # type: ignore[arg-type]
     assert (serving.phase, serving.num_restarts) == (Phase.WAITING, 1)
+
+
+def test_what_a_worker_says_of_itself_reaches_operators_whole() -> None:
+    said = replace(Executor(parse([])).describe(), device_name="NVIDIA H200", device_uuid="1-2-3")
+    told = convert.description(said)
+    assert descriptions.description_message(descriptions.worker_description(told)) == told
+    assert (told.device_name, told.device_uuid) == ("NVIDIA H200", "1-2-3")
