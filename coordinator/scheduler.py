@@ -116,7 +116,7 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence, finished or not, and frees its blocks."""
+        """Ends a sequence, finished or not, and frees its blocks. Once more does nothing."""
         for queue in (self.running, self.waiting):
             place = bisect.bisect_left(queue, sequence.rank, key=_rank)
             if place < len(queue) and queue[place] is sequence:
@@ -127,6 +127,7 @@ class Scheduler:
         # What it had computed may be the beginning of another one, or of itself, later on.
         self.blocks.cache(sequence.table, sequence.known_tokens, sequence.num_scheduled)
         self.blocks.release(sequence.table)
+        sequence.num_scheduled = 0
         if sequence.is_known_to_workers:
             self._to_forget.append(sequence.sequence_id)
             sequence.is_known_to_workers = False
@@ -250,6 +251,5 @@ class Scheduler:
         """Back to the queue, to be computed anew from its tokens."""
         self.running.remove(sequence)
         self._forget(sequence)
-        sequence.num_scheduled = 0
         bisect.insort(self.waiting, sequence, key=_rank)
         self.num_preemptions += 1
