@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shard_worker.memory_meter import MemoryMeter
-from shard_worker.sampler import Columns, Draw, Sampler, uniform
+from shard_worker.sampler import Columns, Draw, Sampler, uniforms
 from shard_worker.staging import Staging
 from shard_worker.truncation import CANDIDATES, Cuts
 
@@ -75,6 +75,7 @@ class DrawGraphs:
         with self._staging.take(_HEIGHT * size) as memory:
             columns = memory.view(_HEIGHT, size).numpy()
             self._fill(columns)
+            numbers = uniforms(draws)
             for column, (draw, row) in enumerate(zip(draws, rows, strict=True)):
                 sampling = draw.sampling
                 columns[_ROW, column] = row
@@ -82,7 +83,7 @@ class DrawGraphs:
                     continue
                 columns[1:, column] = (
                     1 / sampling.temperature,
-                    uniform(draw),
+                    numbers[column],
                     sampling.top_k if sampling.top_k < vocab_size else 0,
                     sampling.top_p,
                     sampling.min_p,
