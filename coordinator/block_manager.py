@@ -108,14 +108,13 @@ class BlockManager:
         self._references[block] = 1
         return block
 
-    def cache(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        """Makes the blocks of a table findable that are full with known and computed tokens."""
-        if not self.prefix_caching:
-            return
+    def cache(self, table: BlockTable, token_ids: Sequence[int]) -> None:
+        """Makes blocks of a table findable: those after its `num_cached`, full with these tokens."""
+        assert self.prefix_caching
         size = self.block_size
-        for index in range(table.num_cached, min(len(token_ids), num_computed) // size):
-            key = (table.prefix, tuple(token_ids[index * size : (index + 1) * size]))
-            block = table.block_ids[index]
+        for start in range(0, len(token_ids), size):
+            key = (table.prefix, tuple(token_ids[start : start + size]))
+            block = table.block_ids[table.num_cached]
             # Where another sequence computed the same, its block stays the one to be found.
             if key not in self._cached:
                 self._last_id += 1

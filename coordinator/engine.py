@@ -10,13 +10,21 @@ import asyncio
 import contextlib
 import itertools
 import math
+import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from colrow.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
+from colrow.errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    ServiceError,
+    Unavailable,
+)
 from coordinator.request import ModelLimits, Output, Request, RequestRecord
 from coordinator.scheduler import Scheduler, Step, StepOutput
 from coordinator.sequence import Sequence, TokenLogprobs
@@ -26,6 +34,8 @@ from coordinator.tokenizer import Tokenizer
 
 QUEUE_RETRY_S = 1.0
 LOST_RETRY_S = 1.0
+
+_REFUSED_SEQUENCE = re.compile(r"(?:new_sequences|chunks)\[(\d+)\]")
 
 
 class Steps(Protocol):
@@ -105,7 +115,8 @@ class Engine:
         """Steps until cancelled or until a step fails.
 
         Requests outlive it: `run` again, on workers that know nothing, continues them from the tokens
-        that were read. `fail` ends them.
+        that were read. `fail` ends them. One that the workers refuse by name ends at once, since they
+        would refuse it again, and with it every step that the others are part of.
         """
         self._in_flight.clear()
         self.scheduler.restart()
@@ -113,6 +124,9 @@ class Engine:
         try:
             while True:
                 await self._turn()
+        except ServiceError as error:
+            self._end_refused(error)
+            raise
         finally:
             self.idle.clear()
             lost = Unavailable(
@@ -167,6 +181,20 @@ class Engine:
         for _, stream in self._choices.values():
             stream.error = error
             stream.ready.set()
+
+    def _end_refused(self, error: ServiceError) -> None:
+        """Ends the request of the sequence that a worker's refusal names, if it names one."""
+        if error.code != InvalidArgument.code:
+            return
+        named = _REFUSED_SEQUENCE.match(error.metadata.get("field", ""))
+        _, stream = self._choices.get(int(named[1]) if named else 0, (None, None))
+        if stream is None:
+            return
+        stream.error = Internal(f"the workers refuse the request: {error}", reason="STEP_FAILED")
+        stream.ready.set()
+        # At once: a slow reader hears of it when the next steps have long been made.
+        for choice in stream.choices:
+            self.scheduler.remove(choice.sequence)
 
     def _note_sent(self, step: Step) -> None:
         self._observer.step(sum([chunk.num_tokens for chunk in step.chunks]))

@@ -20,6 +20,10 @@ MAX_STOP_TOKENS = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_SEED = 2**64 - 1
 
+# Numbers go to the workers as float32. What would become 0 there, where 0 has no meaning, becomes the
+# least normal number instead: of a top-p and of a penalty it means the same.
+_LEAST_FLOAT32 = 2.0**-126
+
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from one another for any n
 
 
@@ -143,6 +147,10 @@ class Request:
             for token in tokens:
                 if not 0 <= token < limits.vocab_size:
                     raise InvalidArgument(name, token, vocabulary)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and count > limits.vocab_size:
+                raise InvalidArgument(name, count, vocabulary)
         if not 0 <= self.min_tokens <= max_tokens:
             raise InvalidArgument("min_tokens", self.min_tokens, f"is not in [0, {max_tokens}]")
         return max_tokens
@@ -180,8 +188,9 @@ class Request:
 
     def stop_ids(self, limits: ModelLimits) -> frozenset[int]:
         """The tokens that end a continuation."""
-        eos = () if self.ignore_eos else limits.eos_token_ids
-        return frozenset((*eos, *self.stop_token_ids))
+        # A model may name an end that its vocabulary does not have: it never comes.
+        eos = [token for token in limits.eos_token_ids if token < limits.vocab_size]
+        return frozenset((*(() if self.ignore_eos else eos), *self.stop_token_ids))
 
     def samplings(self, limits: ModelLimits) -> list[Sampling]:
         """How each of the n continuations samples. Only the first looks at the prompt's tokens."""
@@ -191,9 +200,9 @@ class Request:
             Sampling(
                 temperature=asked.temperature,
                 top_k=asked.top_k,
-                top_p=asked.top_p,
+                top_p=max(asked.top_p, _LEAST_FLOAT32),
                 min_p=asked.min_p,
-                repetition_penalty=asked.repetition_penalty,
+                repetition_penalty=max(asked.repetition_penalty, _LEAST_FLOAT32),
                 presence_penalty=asked.presence_penalty,
                 frequency_penalty=asked.frequency_penalty,
                 logit_bias=tuple(asked.logit_bias.items()),

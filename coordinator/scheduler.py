@@ -111,12 +111,14 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._to_forget: list[int] = []
+        # The first that waits, and how many blocks were free when they were too few for it.
+        self._blocked: tuple[Sequence, int] | None = None
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence, finished or not, and frees its blocks."""
+        """Ends a sequence, finished or not, and frees its blocks. Once more does nothing."""
         for queue in (self.running, self.waiting):
             place = bisect.bisect_left(queue, sequence.rank, key=_rank)
             if place < len(queue) and queue[place] is sequence:
@@ -125,8 +127,9 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         # What it had computed may be the beginning of another one, or of itself, later on.
-        self.blocks.cache(sequence.table, sequence.known_tokens, sequence.num_scheduled)
+        self._cache(sequence)
         self.blocks.release(sequence.table)
+        sequence.num_scheduled = 0
         if sequence.is_known_to_workers:
             self._to_forget.append(sequence.sequence_id)
             sequence.is_known_to_workers = False
@@ -166,6 +169,7 @@ class Scheduler:
         for sequence in self.waiting:
             sequence.restart()
         self._to_forget = []
+        self._blocked = None
         self._last_step_id = 0
 
     def _continue_running(self) -> tuple[list[Chunk], int]:
@@ -215,7 +219,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> NewSequence | None:
         """Moves the first waiting sequence to the running ones, if there are blocks for all of it."""
-        if not sequence.wants_step:
+        if not sequence.wants_step or self._is_blocked(sequence):
             return None
         table, tokens = sequence.table, sequence.known_tokens
         hits = 0
@@ -225,7 +229,9 @@ class Scheduler:
         cached = tuple(table.block_ids)
         if self.blocks.grow(table, len(tokens)) is None:
             self.blocks.release(table)
+            self._blocked = sequence, self.blocks.num_free
             return None
+        self._blocked = None
         del self.waiting[0]
         bisect.insort(self.running, sequence, key=_rank)
         if not sequence.was_admitted:
@@ -237,19 +243,36 @@ class Scheduler:
         sequence.is_known_to_workers = True
         return NewSequence(sequence, tokens, cached)
 
+    def _is_blocked(self, sequence: Sequence) -> bool:
+        """There were too few blocks for it, and there are not more since.
+
+        To find that out anew in every step would be to look its whole prefix up each time. More of that
+        may be found meanwhile, but only in blocks that running ones have taken from the free ones.
+        """
+        if self._blocked is None or self._blocked[0] is not sequence:
+            return False
+        return self.blocks.num_free <= self._blocked[1]
+
     def _take(self, sequence: Sequence, num_tokens: int, new_block_ids: list[int]) -> Chunk:
         """The chunk of so many more tokens; what it fills can be found by others from now on."""
         sequence.num_scheduled += num_tokens
         samples = sequence.num_scheduled == sequence.num_tokens
         if samples:
             sequence.num_tokens += 1
-        self.blocks.cache(sequence.table, sequence.known_tokens, sequence.num_scheduled)
+        self._cache(sequence)
         return Chunk(sequence, num_tokens, tuple(new_block_ids), samples)
+
+    def _cache(self, sequence: Sequence) -> None:
+        """Makes its new blocks findable that are full with known and computed tokens."""
+        size = self.blocks.block_size
+        start = sequence.table.num_cached * size
+        stop = min(sequence.num_known, sequence.num_scheduled) // size * size
+        if self.blocks.prefix_caching and start < stop:
+            self.blocks.cache(sequence.table, sequence.tokens(start, stop))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be computed anew from its tokens."""
         self.running.remove(sequence)
         self._forget(sequence)
-        sequence.num_scheduled = 0
         bisect.insort(self.waiting, sequence, key=_rank)
         self.num_preemptions += 1

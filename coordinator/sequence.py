@@ -80,14 +80,14 @@ class Sequence:
     rank: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_tokens = len(self.prompt) + len(self.output)
+        self.num_tokens = self.num_known
         self.max_num_tokens = len(self.prompt) + self.max_tokens
         self.rank = (self.priority, self.sequence_id)
 
     @property
     def num_pending(self) -> int:
         """Tokens that steps which were sent sample, still to be read."""
-        return self.num_tokens - len(self.prompt) - len(self.output)
+        return self.num_tokens - self.num_known
 
     @property
     def num_unscheduled(self) -> int:
@@ -96,8 +96,20 @@ class Sequence:
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
-        """Prompt and output, without what is still to be read."""
-        return (*self.prompt, *self.output)
+        """Prompt and output, without what is still to be read. A copy: contexts are long."""
+        return self.prompt + tuple(self.output)
+
+    @property
+    def num_known(self) -> int:
+        """How many `known_tokens` are."""
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """`known_tokens[start:stop]`, without the rest."""
+        num_prompt = len(self.prompt)
+        if stop <= num_prompt:
+            return self.prompt[start:stop]
+        return (*self.prompt[start:], *self.output[max(start - num_prompt, 0) : stop - num_prompt])
 
     @property
     def wants_step(self) -> bool:
@@ -113,7 +125,7 @@ class Sequence:
         """Nothing of it is computed any more, and what was still to be read never comes."""
         self.table = BlockTable()
         self.num_scheduled = 0
-        self.num_tokens = len(self.prompt) + len(self.output)
+        self.num_tokens = self.num_known
         self.is_known_to_workers = False
 
     def append(self, token_id: int) -> None:

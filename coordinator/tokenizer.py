@@ -26,7 +26,8 @@ REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole characte
 MAX_TEXT_CHARACTERS = 2**20  # of one text; that many take seconds, and up to 400 MiB meanwhile
 LONG_TEXTS_AT_ONCE = 2
 LONG_TEXT = 8192  # characters; tokenizing less takes a few milliseconds at most
-LOOK_BACK = 8  # tokens of a prompt that the text after it may depend on
+LOOK_BACK = 8  # tokens that the text after them may depend on
+MAX_HALF = 3  # characters, at most, that decoders make of one that lacks bytes: it has up to four
 
 # What every template is given; a caller may not put something else in its place.
 TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -94,6 +95,11 @@ class Tokenizer:
             token_id: token.content
             for token_id, token in backend.get_added_tokens_decoder().items()
         }
+        self._special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
         self._decoders = _decoders(backend)
         try:
             self._template = _environment().from_string(template) if template else None
@@ -228,47 +234,69 @@ class Tokenizer:
         self, prompt: Sequence[int] = (), *, show_special_tokens: bool = False
     ) -> "TextStream":
         """The text that continues `prompt`."""
-        return TextStream(self._backend, prompt, show_special_tokens)
+        hidden = frozenset[int]() if show_special_tokens else self._special_ids
+        return TextStream(self._backend, prompt, hidden)
 
 
 class TextStream:
     """Token ids in, text out, never half a character: bytes that need more tokens are held back.
 
     A token's text depends on those before it (SentencePiece drops the space that a text begins with),
-    so some of them are decoded again with it. `tokenizers.decoders.DecodeStream` does the same, but
-    raises where that changes what was sent: a decoder with byte fallback takes back a character when
-    bytes follow that are none.
+    so some of them are decoded again with it, and always few: a text may end in tokens without end that
+    are no text. `tokenizers.decoders.DecodeStream` does the same, but raises where that changes what was
+    sent: a decoder with byte fallback takes back a character when bytes follow that are none.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, prompt: Sequence[int], show_special_tokens: bool
+        self, backend: tokenizers.Tokenizer, prompt: Sequence[int], hidden: frozenset[int]
     ) -> None:
+        """Tokens that are `hidden` have no part in the text."""
         self._backend = backend
-        self._skip_special_tokens = not show_special_tokens
+        self._hidden = hidden
         self._context_ids: list[int] = []  # all of their text is sent
         self._context = ""
         self._held_ids: list[int] = []
         self._sent = ""  # of the text of both
+        self._length = 0  # of that text
         for token_id in prompt[-LOOK_BACK:]:
             self.feed(token_id)
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; often empty."""
+        if token_id in self._hidden:
+            return ""
         self._held_ids.append(token_id)
         text = self._decode(self._context_ids + self._held_ids)
         if not text.startswith(self._sent):
             text = self._context + self._decode(self._held_ids)
-        whole = text.rstrip(REPLACEMENT)
-        if len(whole) <= len(self._sent):
-            return ""
-        new, self._sent = whole[len(self._sent) :], whole
-        if whole == text:
+        num_half = self._num_half(text)
+        whole = text[: len(text) - num_half]
+        new = whole[len(self._sent) :]
+        if new:
+            self._sent = whole
+        if new and not num_half:
             self._context_ids, self._held_ids = self._held_ids, []
-            self._context = self._sent = self._decode(self._context_ids)
+            text = self._context = self._sent = self._decode(self._context_ids)
+        elif len(self._held_ids) > 4 * LOOK_BACK:
+            # The last may be half a character. The first ones have spoilt, where bytes are tokens, all
+            # that come after them up to the next word.
+            del self._held_ids[LOOK_BACK : -2 * LOOK_BACK]
+            text = self._decode(self._context_ids + self._held_ids)
+            self._sent = text[: len(text) - num_half]
+        self._length = len(text)
         return new
 
+    def _num_half(self, text: str) -> int:
+        """How many characters at the end may still become others."""
+        if len(text) < self._length:
+            # Bytes that stood there one by one have become a character, be it that of broken ones.
+            return 0
+        num_broken = len(text) - len(text.rstrip(REPLACEMENT))
+        # What as many tokens have not completed further ones don't, but for its end.
+        return num_broken if len(self._held_ids) <= MAX_HALF else min(num_broken, MAX_HALF)
+
     def _decode(self, token_ids: list[int]) -> str:
-        return self._backend.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return self._backend.decode(token_ids, skip_special_tokens=False)
 
 
 def _byte_letters() -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shard_worker.graph_capture import Graph, GraphCapture
-from shard_worker.sampler import Columns, Draw, Sampler, uniform
+from shard_worker.sampler import Columns, Draw, Sampler, uniforms
 from shard_worker.staging import Staging
 from shard_worker.truncation import CANDIDATES, Cuts
 
@@ -69,6 +69,7 @@ class DrawGraphs:
         with self._staging.take(_HEIGHT * size) as memory:
             columns = memory.view(_HEIGHT, size).numpy()
             self._fill(columns)
+            numbers = uniforms(draws)
             for column, (draw, row) in enumerate(zip(draws, rows, strict=True)):
                 sampling = draw.sampling
                 columns[_ROW, column] = row
@@ -76,7 +77,7 @@ class DrawGraphs:
                     continue
                 columns[1:, column] = (
                     1 / sampling.temperature,
-                    uniform(draw),
+                    numbers[column],
                     sampling.top_k if sampling.top_k < vocab_size else 0,
                     sampling.top_p,
                     sampling.min_p,

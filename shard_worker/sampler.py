@@ -15,10 +15,10 @@ On a GPU all of this is only queued; penalties and log-probabilities alone wait 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shard_worker import philox
 from shard_worker.adjustments import Adjustment, adjust
 from shard_worker.host import to_device
 from shard_worker.logprobs import Logprobs
@@ -125,7 +125,7 @@ class Sampler:
         samplings = [draw.sampling for draw in draws]
         return Columns(
             _column([1 / sampling.temperature for sampling in samplings], self.device),
-            _column([uniform(draw) for draw in draws], self.device),
+            _column(uniforms(draws), self.device),
             Cuts.of(samplings, self.vocabulary.size, self.device),
         )
 
@@ -144,10 +144,9 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
     return to_device(values, device, torch.float64).unsqueeze(1)
 
 
-def uniform(draw: Draw) -> float:
-    """A number in [0, 1) that the seed and the index of the token decide."""
-    key = np.array([draw.sampling.seed, draw.index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random()
+def uniforms(draws: Sequence[Draw]) -> list[float]:
+    """Of each row a number in [0, 1) that the seed and the index of the token decide."""
+    return philox.uniforms([(draw.sampling.seed, draw.index) for draw in draws])
 
 
 def _invert(cumulative: Tensor, target: Tensor) -> Tensor:

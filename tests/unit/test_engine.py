@@ -805,6 +805,40 @@ async def test_requests_outlive_workers_that_forget_everything(
         assert running.engine.num_prompt_tokens == sum(len(prompt) for prompt, _ in asked)
 
 
+@pytest.mark.parametrize("field", ["new_sequences[2].sampling.top_p", "chunks[2]"])
+async def test_a_request_that_the_workers_refuse_by_name_ends_alone(field: str) -> None:
+    prompts = [prompt_without_eos(40, seed) for seed in range(3)]
+    async with Running(recovers=True) as running:
+        running.workers.error = refusal = ServiceError("worker 0: no", metadata={"field": field})
+        refusal.code = "INVALID_ARGUMENT"
+        running.workers.fail_at = 3
+        first = asyncio.create_task(running.tokens(prompts[0], 40))
+        await asyncio.sleep(0)
+        refused = running.generate(prompts[1], 40, n=2)  # sequences 2 and 3
+        last = asyncio.create_task(running.tokens(prompts[2], 40))
+        await anext(refused)  # and then its reader is slow
+        assert await first == continuation(prompts[0], 40)
+        assert await last == continuation(prompts[2], 40)
+        assert running.workers.fail_at is None, "the refusal came"
+        told = [n.sequence.sequence_id for s in running.workers.steps for n in s.new_sequences]
+        assert (told.count(1), told.count(2), told.count(3)) == (2, 1, 1)
+        with pytest.raises(Internal, match="refuse the request: worker 0: no"):
+            async for _ in refused:
+                pass
+        assert running.scheduler.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("field", ["", "epoch", "new_sequences[77].sampling", "chunks[x]"])
+async def test_a_refusal_that_names_no_request_ends_none(field: str) -> None:
+    prompt = prompt_without_eos(40)
+    async with Running(recovers=True) as running:
+        running.workers.error = refusal = ServiceError("no", metadata={"field": field})
+        refusal.code = "INVALID_ARGUMENT"
+        running.workers.fail_at = 3
+        assert await running.tokens(prompt, 40) == continuation(prompt, 40)
+        assert running.workers.fail_at is None
+
+
 async def test_one_that_is_cancelled_between_two_lives_of_the_workers_is_forgotten() -> None:
     async with Running(recovers=True) as running:
         stream = running.generate(prompt_without_eos(40), 40)

@@ -468,7 +468,7 @@ def test_a_draw_at_the_edge_is_a_token_that_is_possible(
     uniform: float, token: int, sizes: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 is never drawn, but is what rounding may make of a draw beside it."""
-    monkeypatch.setattr("shard_worker.sampler.uniform", lambda draw: uniform)
+    monkeypatch.setattr("shard_worker.sampler.uniforms", lambda draws: [uniform])
     logits = torch.full((1, 8), -INF)
     logits[0, 2:6] = torch.tensor([0.1, 0.2, 0.3, -30.0])
     assert sample(logits, [Row(sampling())], sizes) == [token]

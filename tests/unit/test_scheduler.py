@@ -579,9 +579,9 @@ def test_blocks_without_a_prefix_are_handed_out_first_then_the_least_recently_us
     blocks = BlockManager(num_blocks=4, block_size=1)
     old, new = BlockTable(), BlockTable()
     blocks.grow(old, 2)
-    blocks.cache(old, [1, 2], 2)
+    blocks.cache(old, [1, 2])
     blocks.grow(new, 1)
-    blocks.cache(new, [3], 1)
+    blocks.cache(new, [3])
     old_ids, new_ids = list(old.block_ids), list(new.block_ids)
     blocks.release(old)
     blocks.release(new)
@@ -596,7 +596,7 @@ def test_a_prefix_in_use_is_not_handed_out() -> None:
     blocks = BlockManager(num_blocks=2, block_size=1)
     first, second, third = BlockTable(), BlockTable(), BlockTable()
     blocks.grow(first, 1)
-    blocks.cache(first, [1], 1)
+    blocks.cache(first, [1])
     assert blocks.attach(second, [1, 2]) == 1
     blocks.release(first)
     assert (blocks.num_free, blocks.num_cached) == (1, 0)
@@ -608,12 +608,77 @@ def test_a_prefix_in_use_is_not_handed_out() -> None:
 
 def test_without_prefix_caching_nothing_is_found_again() -> None:
     blocks = BlockManager(num_blocks=4, block_size=2, prefix_caching=False)
-    table = BlockTable()
-    blocks.grow(table, 4)
-    blocks.cache(table, [1, 2, 3, 4], 4)
-    blocks.release(table)
-    assert blocks.attach(table, [1, 2, 3, 4]) == 0
+    scheduler = Scheduler(blocks, max_batched_tokens=8, max_running=2)
+    for sequence_id in (1, 2):
+        sequence = Sequence(sequence_id, (1, 2, 3, 4), GREEDY, 1, frozenset())
+        scheduler.add(sequence)
+        step = scheduler.schedule()
+        assert step is not None
+        assert step.new_sequences[0].cached_block_ids == ()
+        scheduler.remove(sequence)
     assert blocks.num_cached == 0
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[Sequence]:
+    """The sequences whose whole context was copied, once for each time."""
+    sequences: list[Sequence] = []
+
+    def known_tokens(self: Sequence) -> tuple[int, ...]:
+        sequences.append(self)
+        return (*self.prompt, *self.output)
+
+    monkeypatch.setattr(Sequence, "known_tokens", property(known_tokens))
+    return sequences
+
+
+def test_a_context_is_copied_when_its_sequence_is_admitted_and_else_never(
+    copied: list[Sequence],
+) -> None:
+    run = serving(max_batched_tokens=4)
+    sequence = run.add(range(30), 20)
+    run.drain()
+    assert len(sequence.output) == 20
+    assert copied == [sequence]
+    run.check_end()
+
+
+def test_the_tokens_of_a_sequence_are_read_in_pieces_across_prompt_and_output() -> None:
+    sequence = Sequence(1, (1, 2, 3), GREEDY, 9, frozenset(), output=[4, 5, 6])
+    places = range(sequence.num_known + 1)
+    for start, stop in itertools.combinations_with_replacement(places, 2):
+        assert sequence.tokens(start, stop) == sequence.known_tokens[start:stop]
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_one_that_waits_for_blocks_is_not_looked_up_again_before_there_are_more(
+    prompt_logprobs: int | None, copied: list[Sequence]
+) -> None:
+    run = serving(num_blocks=8, block_size=4, max_batched_tokens=4)
+    first = run.add(range(20), 9)
+    run.send()
+    sampling = Sampling(prompt_logprobs=prompt_logprobs)
+    waiting = run.add([*range(4), *[9] * 12], 1, sampling=sampling)
+    while first in run.live:
+        run.receive()
+        run.send()
+    assert copied.count(waiting) == 2, "when it came, and when it was admitted"
+    run.drain()
+    run.check_end()
+
+
+def test_one_that_waits_is_admitted_as_soon_as_what_it_shares_is_computed() -> None:
+    run = serving(num_blocks=8, block_size=4, max_batched_tokens=6)
+    first = run.add(range(24), 3)
+    run.send()
+    second = run.add(range(24), 1)
+    while second in run.scheduler.waiting:
+        run.receive()
+        run.send()
+        assert first in run.live, "it did not wait for the first to end"
+    assert second.num_prefix_hits == 20
+    run.drain()
+    run.check_end()
 
 
 def test_scheduling_256_running_sequences_takes_half_a_millisecond_a_step() -> None:

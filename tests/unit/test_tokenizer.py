@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tokenizers
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from colrow.errors import InvalidArgument
-from coordinator.tokenizer import ChatMessage, ChatOptions, Tokenizer
+from coordinator.tokenizer import LOOK_BACK, ChatMessage, ChatOptions, TextStream, Tokenizer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -184,7 +184,7 @@ def test_random_bytes_stream_to_what_a_decoder_makes_of_them(data: bytes) -> Non
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1), max_size=30))
+@given(st.lists(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1), max_size=100))
 def test_no_tokens_break_a_stream_whose_decoder_takes_characters_back(token_ids: list[int]) -> None:
     tokenizer = Tokenizer(BYTE_FALLBACK, None, {})
     got = "".join(pieces(tokenizer, [*token_ids, token_id(BYTE_FALLBACK, "b")]))
@@ -221,6 +221,112 @@ def test_special_tokens_are_not_text_and_do_not_break_it() -> None:
     ]  # fmt: skip
     ids = [token_id(BYTE_FALLBACK, name) for name in ("▁is", "</s>", "▁a")]
     assert pieces(Tokenizer(BYTE_FALLBACK, None, {}), ids) == ["is", "", " a"]
+
+
+class Counting:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        self.most = 0
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        self.most = max(self.most, len(token_ids))
+        return self.backend.decode(token_ids, **options)
+
+
+END_OF = {BYTE_LEVEL: "<|end|>", BYTE_FALLBACK: "</s>"}
+ENDLESS = {
+    "specials": lambda backend: [token_id(backend, END_OF[backend])],
+    "no character": lambda backend: byte_ids(backend, b"\xff"),
+    "begun characters": lambda backend: byte_ids(backend, b"\xf0\x9f\x98"),
+    "characters in pieces": lambda backend: byte_ids(backend, "日😀".encode()),
+    "ids of no token": lambda backend: [10**6],
+    "replacement characters": lambda backend: byte_ids(backend, "\ufffd".encode()),
+}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("begin", ["", "ab"])
+def test_however_long_a_text_is_few_tokens_are_decoded_again(
+    name: str, kind: str, begin: str
+) -> None:
+    backend = BACKENDS[name]
+    counting = Counting(backend)
+    shown = frozenset({token_id(backend, END_OF[backend])})
+    for hidden in (shown, frozenset[int]()):
+        stream = TextStream(cast(tokenizers.Tokenizer, counting), (), hidden)
+        tokens = [*(token_id(backend, letter) for letter in begin), *(500 * ENDLESS[kind](backend))]
+        got = "".join(stream.feed(token) for token in tokens)
+        # What more than four bytes have left open stays so.
+        whole = Tokenizer(backend, None, {}).decode(tokens, skip_special_tokens=bool(hidden))
+        assert whole.startswith(got)
+        assert len(whole) - len(got) <= 3
+    assert counting.most <= 8 * LOOK_BACK + 2
+
+
+def test_tokens_that_straddle_characters_without_end_are_few_again() -> None:
+    """Each token ends one character and begins the next, so that at no time all is whole."""
+    backend = tokenizers.Tokenizer(models.BPE({"æ": 0, "ĹĦåĹ": 1, "¥": 2}, []))
+    backend.decoder = decoders.ByteLevel()
+    assert backend.decode([1]) == b"\x97\x84\xe5\x97".decode(errors="replace")
+    counting = Counting(backend)
+    stream = TextStream(cast(tokenizers.Tokenizer, counting), (), frozenset())
+    tokens = [0, *[1] * 500, 2]
+    assert "".join(map(stream.feed, tokens)) == backend.decode(tokens)
+    assert counting.most <= 8 * LOOK_BACK + 2
+
+
+# What is hard to stream: whole characters, parts of them, bytes that are none, and special tokens.
+BYTES = st.sampled_from(
+    [0xFF, 0x80, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, 0x98, 0x80, 0xEF, 0xBF, 0xBD, 0x61]
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.lists(
+        st.lists(BYTES, max_size=40).map(lambda data: byte_ids(BYTE_LEVEL, bytes(data)))
+        | st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=20)
+        | st.integers(0, 40).map(lambda count: count * [token_id(BYTE_LEVEL, "<|end|>")]),
+        max_size=8,
+    )
+)
+def test_long_broken_texts_stream_to_their_whole_decoding(parts: list[list[int]]) -> None:
+    tokens = [token for part in parts for token in part]
+    tokenizer = Tokenizer(BYTE_LEVEL, None, {})
+    got = "".join(pieces(tokenizer, tokens))
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert whole.startswith(got)
+    assert set(whole[len(got) :]) <= {REPLACEMENT}
+    assert len(whole) - len(got) <= 3
+
+
+WORDS = [token_id(BYTE_FALLBACK, name) for name in ("▁", "▁Paris", "a", "é", ".")]
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.lists(
+        st.lists(st.sampled_from(WORDS), min_size=1, max_size=4)
+        # One byte that is none spoils those after it, as many as come without a word between.
+        | st.lists(BYTES, max_size=60).map(
+            lambda data: byte_ids(BYTE_FALLBACK, b"\xff" + bytes(data)) + WORDS[2:3]
+        )
+        | st.lists(st.sampled_from("日é😀a\ufffd"), min_size=1, max_size=30).map(
+            lambda text: byte_ids(BYTE_FALLBACK, "".join(text).encode()) + WORDS[2:3]
+        )
+        | st.integers(0, 40).map(lambda count: count * [token_id(BYTE_FALLBACK, "</s>")]),
+        max_size=8,
+    )
+)
+def test_long_texts_with_spoilt_bytes_stream_to_their_whole_decoding(
+    parts: list[list[int]],
+) -> None:
+    tokens = [token for part in parts for token in part]
+    tokenizer = Tokenizer(BYTE_FALLBACK, None, {})
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 CHATS = [
