@@ -61,8 +61,9 @@ def report_tables(report: Report) -> Iterator[Table | str]:
     yield (
         f"[bold]{escape(about['model'])}[/bold] ({about['architecture']}, {about['data_type']}) over "
         f"{ranks_text(about['tp_size'])}, transport: {about['transport']}, devices: "
-        f"{', '.join(dict.fromkeys(about['devices']))}; measured from {escape(about['client']['cpu'])}, "
-        f"{about['client']['cores']} cores"
+        f"{', '.join(dict.fromkeys(about['devices']))} "
+        f"({escape(', '.join(dict.fromkeys(about['device_names'])))}); measured from "
+        f"{escape(about['client']['cpu'])}, {about['client']['cores']} cores"
     )
     if not report.server_idle:
         yield "[yellow]The server had other requests when this began.[/yellow]"

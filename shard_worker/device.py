@@ -3,16 +3,15 @@
 torch reads a GPU's properties once and keeps them, so asking again never waits for what the GPU does.
 """
 
-import functools
-import platform
-
 import torch
+
+from colrow.processor import processor_name
 
 
 def device_name(device: torch.device) -> str:
     """A GPU's, or the processor's. Empty for a GPU that was not taken yet."""
     if device.type == "cpu":
-        return _processor_name()
+        return processor_name()
     return torch.cuda.get_device_properties(device).name if _is_taken(device) else ""
 
 
@@ -23,15 +22,3 @@ def device_uuid(device: torch.device) -> str:
 
 def _is_taken(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized()
-
-
-@functools.cache
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()

@@ -18,6 +18,7 @@ from client.grpc_client import Colrow
 from client.local_cluster import num_cores
 from client.views import enum_name, transport_name
 from colrow import __version__
+from colrow.processor import processor_name
 from colrow.v1 import control_service_pb2, inference_service_pb2, tensor_pb2
 
 
@@ -71,6 +72,7 @@ def measured_on(
         "tp_size": model.tp_size,
         "transport": transport_name(cluster),
         "devices": [worker.description.device for worker in cluster.workers],
+        "device_names": [worker.description.device_name for worker in cluster.workers],
         "hosts": len({worker.description.host_id for worker in cluster.workers}),
         "context_length": model.context_length,
         "kv_blocks": cluster.scheduler.kv_blocks_total,
@@ -78,7 +80,7 @@ def measured_on(
         "server_version": cluster.version,
         "client": {
             "version": __version__,
-            "cpu": _cpu_name(),
+            "cpu": processor_name(),
             "cores": num_cores(),
             "system": platform.platform(),
             "python": platform.python_version(),
@@ -95,17 +97,6 @@ def _versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def report_data(report: Report) -> dict[str, Any]:

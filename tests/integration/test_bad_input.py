@@ -1111,6 +1111,7 @@ class TestAWorkerOutOfOrder:
 
     def test_every_call_of_another_epoch_is_refused(self, worker: Worker) -> None:
         worker.make_ready()
+        worker.make_ready()  # so that there was an epoch before: 0 is none
         for epoch in (worker.epoch - 1, worker.epoch + 1):
             for call in (
                 partial(worker.load, epoch=epoch),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from colrow.processor import processor_name
 from tests.clusters import RunningCluster, WorkerPool, cluster, start
 
 COMMAND = str(Path(sys.executable).with_name("colrow"))
@@ -276,6 +277,7 @@ def test_bench_of_a_running_cluster(served: RunningCluster, tmp_path: Path) -> N
         "bfloat16",
     )
     assert about["devices"] == ["cpu", "cpu"]
+    assert about["device_names"] == [processor_name()] * 2
     assert data["server_idle"]
     measured = {(m["kind"], m["value"]): m for m in data["measurements"]}
     assert set(measured) == {
