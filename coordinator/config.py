@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colrow.logs import FORMATS
+from coordinator.model_spec import ITEMSIZES
 
-DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MAX_RUNNING = 256
 DEFAULT_CPU_CACHE_MIB = 512
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         default=8000,
         help="port of the HTTP API, which is OpenAI's; 0 takes any",
     )
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is the checkpoint's")
+    add("--dtype", choices=("auto", *ITEMSIZES), default="auto", help="auto is the checkpoint's")
     add(
         "--transport",
         choices=("auto", "shm", "gloo", "nccl", "peer"),

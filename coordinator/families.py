@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from coordinator.model_spec import (
+    ITEMSIZES,
     Axis,
     ModelSpec,
     ParameterSpec,
@@ -27,7 +28,6 @@ from coordinator.model_spec import (
 
 MAX_LAYERS = 4096
 MAX_SIZE = 2**31 - 1
-DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "linear", "llama3")
 GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 
@@ -110,8 +110,8 @@ class Fields:
         """The checkpoint's dtype; transformers 5 writes `dtype`, older ones `torch_dtype`."""
         name = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
         value = self.values.get(name)
-        if value is not None and value not in DTYPES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
+        if value is not None and value not in ITEMSIZES:
+            raise ValueError(f"{name} must be one of {', '.join(ITEMSIZES)}, got {value!r}")
         return "float32" if value is None else str(value)
 
     def must_be(self, name: str, supported: tuple[object, ...], absent: object) -> None:

@@ -16,7 +16,7 @@ from colrow.v1 import (
     inference_service_pb2,
     inference_service_pb2_grpc,
 )
-from coordinator import prompts, run_layer, time_communication
+from coordinator import prompts, run_layer, time_communication, tracing
 from coordinator.access import Access
 from coordinator.cluster import Cluster
 from coordinator.convert import operators, plans, tensors, users
@@ -39,7 +39,6 @@ MAX_PLANNED_TP_SIZE = 1024
 MAX_PLANNED_SLICES = 2_000_000  # parameters times ranks: seconds of planning
 MAX_CONFIG_CHARACTERS = 2**20
 MIN_WATCH_INTERVAL_S = 0.05
-TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 
 
 def _check_count(request: _inference_pb.ScoreRequest) -> None:
@@ -54,7 +53,7 @@ def _check_count(request: _inference_pb.ScoreRequest) -> None:
 
 def _trace(context: grpc.aio.ServicerContext) -> dict[str, str]:
     metadata = dict(context.invocation_metadata() or ())
-    return {name: str(metadata[name]) for name in TRACE_HEADERS if name in metadata}
+    return {name: str(metadata[name]) for name in tracing.HEADERS if name in metadata}
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):

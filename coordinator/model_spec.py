@@ -9,9 +9,12 @@ it (coordinator/shard_plan.py). Names are those of Hugging Face checkpoints, unc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+ITEMSIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The types that a model is served in, and the bytes of an element."""
 
 
 class UnsupportedModelError(ValueError):

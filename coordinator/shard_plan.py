@@ -16,9 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from coordinator.model_spec import Axis, Combine, ModelSpec, ParameterSpec, Section
-
-ITEMSIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+from coordinator.model_spec import ITEMSIZES, Axis, Combine, ModelSpec, ParameterSpec, Section
 
 # Cuts of long axes fall on multiples of a quantum, so that GPU tiles and wide loads stay whole.
 _QUANTA = (64, 32, 16, 8, 4, 2, 1)

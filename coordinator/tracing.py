@@ -29,6 +29,8 @@ SERVICE_NAME = "colrow-coordinator"
 EXPORT_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 3.0
 COMPLAINT_INTERVAL_S = 60.0
+HEADERS = ("traceparent", "tracestate")
+"""What carries a trace from a caller: https://www.w3.org/TR/trace-context/"""
 
 # Those that complain at every attempt when nobody takes the spans.
 _LOUD_LOGGERS = (

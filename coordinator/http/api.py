@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from colrow import __version__
 from colrow.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable, shown
 from coordinator import request as engine_request
+from coordinator import tracing
 from coordinator.cluster import Cluster, State
 from coordinator.engine import Engine
 from coordinator.http.answers import Answer, ChatAnswer, CompletionAnswer, Frame
@@ -47,7 +48,6 @@ from coordinator.http.stream import EventStream, all_outputs, events, first_of, 
 from coordinator.request import Output, checked_id
 from coordinator.tokenizer import Tokenizer, chat_length
 
-TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 REQUEST_ID = "colrow.request_id"  # in the scope of a request
 
 RenderMetrics = Callable[[str], Awaitable[tuple[bytes, str]]]
@@ -327,4 +327,4 @@ class Api:
 
 
 def _trace(http: Request) -> dict[str, str]:
-    return {name: http.headers[name] for name in TRACE_HEADERS if name in http.headers}
+    return {name: http.headers[name] for name in tracing.HEADERS if name in http.headers}

@@ -404,7 +404,7 @@ def test_a_size_that_is_no_positive_integer_is_named_with_its_value(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"torch_dtype": 16}, "torch_dtype must be one of"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be .* got '</s>'"),
         ({"eos_token_id": [2, -1]}, r"eos_token_id must be .* got \[2, -1\]"),
