@@ -5,17 +5,12 @@ Calls are checked and kept in order here, on the event loop; what they do is don
 """
 
 import asyncio
-import contextlib
-import ctypes
 import enum
-import gc
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import psutil
 import torch
@@ -35,6 +30,7 @@ from shard_worker.communicator.peer import PeerCommunicator
 from shard_worker.config import WorkerConfig
 from shard_worker.device import device_name, device_uuid
 from shard_worker.device_thread import DeviceThread
+from shard_worker.host import give_memory_back, host_id
 from shard_worker.joining import Group, Joiner
 from shard_worker.kv_cache import KvCache
 from shard_worker.lease import Lease
@@ -85,23 +81,6 @@ class Description:
     graph_sizes: GraphSizes = field(default_factory=GraphSizes)
     device_name: str = ""
     device_uuid: str = ""
-
-
-def _give_memory_back() -> None:
-    """To the system, what is free: glibc keeps it, for it might be wanted again."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def host_id() -> str:
-    """Equal for processes that can share memory: one kernel, one /dev/shm."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        shm = os.stat("/dev/shm")
-        return f"{boot}:{shm.st_dev}:{shm.st_ino}"
-    except OSError:
-        return socket.gethostname()
 
 
 class Executor:
@@ -506,7 +485,7 @@ class Executor:
         self._tp = self._shard = None
 
         def free() -> None:
-            _give_memory_back()
+            give_memory_back()
             self._joiner.free()
 
         await self._device.run(free)

@@ -16,7 +16,6 @@ from torch import Tensor
 from colrow.errors import InvalidArgument
 from shard_worker.adjustments import Adjustment
 from shard_worker.forward_batch import DecodeSpan, ForwardBatch, PrefillSpan
-from shard_worker.host import to_device
 from shard_worker.kv_cache import KvCache
 from shard_worker.logprobs import TokenLogprobs
 from shard_worker.memory_meter import MemoryMeter
@@ -26,6 +25,7 @@ from shard_worker.sampling import Sampling
 from shard_worker.step_graphs import GraphChunk, StepGraphs
 from shard_worker.stopwatch import Stopwatch, hold_back
 from shard_worker.tensor_parallel import CollectiveTimes, TimedCollective
+from shard_worker.transfer import to_device
 
 # Of a prompt's logits, so that a long one takes no more memory than this: at 128k token ids, 64 MiB.
 _LOGPROB_ROWS = 128

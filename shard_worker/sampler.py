@@ -20,10 +20,10 @@ from torch import Tensor
 
 from shard_worker import philox
 from shard_worker.adjustments import Adjustment, adjust
-from shard_worker.host import to_device
 from shard_worker.logprobs import Logprobs
 from shard_worker.sampling import Sampling
 from shard_worker.tensor_parallel import TensorParallel
+from shard_worker.transfer import to_device
 from shard_worker.truncation import Cuts, Truncation
 from shard_worker.vocabulary import Vocabulary
 

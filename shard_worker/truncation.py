@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shard_worker.floats import from_ordered, to_ordered
-from shard_worker.host import to_device
 from shard_worker.sampling import Sampling
+from shard_worker.transfer import to_device
 from shard_worker.vocabulary import Vocabulary
 
 # How many of its likeliest tokens a rank shows where a top-p is looked for. A model that knows what to

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from shard_worker.host import to_device
 from shard_worker.sampler import Draw, Sampler
 from shard_worker.sampling import Sampling
 from shard_worker.tensor_parallel import TensorParallel
+from shard_worker.transfer import to_device
 from tests.unit.thread_ranks import run_ranks
 
 META = torch.device("meta")
