@@ -20,6 +20,11 @@ from colrow.errors import Unavailable
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 30.0
+
+# A line of gRPC's core, whose threads may still write of a broken handshake when a process has said
+# its last.
+GRPC_CORE_LINE = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.cc:\d+\] ")
 
 
 @dataclass
@@ -36,13 +41,15 @@ class Service:
     def wait_for_port(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
+            # Asked before the log is read: a process may say where it listens and end at once.
+            ended = self.process.poll() is not None
             if found := re.search(r"listening on \S+:(\d+)", self.log.read_text()):
                 self.port = int(found.group(1))
                 # It is logged before the other, by those that have one.
                 if http := re.search(r"HTTP API at https?://\S+:(\d+)", self.log.read_text()):
                     self.http_port = int(http.group(1))
                 return
-            if self.process.poll() is not None:
+            if ended:
                 break
             time.sleep(0.02)
         raise AssertionError(f"{self.name} did not start:\n{self.log.read_text()}")
@@ -63,6 +70,34 @@ class Service:
             raise AssertionError(
                 f"{self.name} did not stop:\n{self.log.read_text(errors='replace')}"
             ) from None
+
+    def wait_for_end(self) -> tuple[int, str]:
+        """Exit code and log of a process that is expected to end by itself; the file goes."""
+        try:
+            code = self.process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"{self.name} still runs:\n{self.log.read_text()}") from None
+        log = self.log.read_text()
+        self.log.unlink()
+        return code, log
+
+    def wait_for_failure(self) -> str:
+        """The one line with which a coordinator ends that can't serve: its last, and no traceback."""
+        code, log = self.wait_for_end()
+        assert code == 1, log
+        assert "Traceback" not in log
+        line = last_line(log)
+        assert line.startswith("colrow coordinator: "), log
+        assert log.count("colrow coordinator: ") == 1, log
+        return line
+
+
+def last_line(log: str) -> str:
+    """The last line that a process has said itself, as gRPC's core has not."""
+    own = [line for line in log.splitlines() if line.strip() and not GRPC_CORE_LINE.match(line)]
+    return own[-1] if own else ""
 
 
 def start(name: str, module: str, *arguments: str) -> Service:

@@ -19,15 +19,14 @@ def test_two_workers_on_one_gpu_are_refused_by_name_and_one_says_which_it_has(
     try:
         first, second = pool.addresses(2)
         service = start_coordinator(folder, [first, second])
-        assert service.process.wait(60) == 1
-        last = service.log.read_text().rstrip().splitlines()[-1]
+        line = service.wait_for_failure()
         properties = torch.cuda.get_device_properties(0)
         for words in (
             f"worker 0 ({first}) and worker 1 ({second}) are on the same GPU, cuda:0",
             f"({properties.name}, {properties.uuid})",
             "start one of them with --device cuda:1",
         ):
-            assert words in last
+            assert words in line
         with cluster(pool, folder, 1) as running:
             (worker,) = running.client.cluster().workers
         assert worker.description.device_name == properties.name

@@ -76,9 +76,8 @@ def test_a_share_that_holds_no_cache_is_refused_with_the_ledger(tmp_path: Path) 
     pool = WorkerPool(devices=["cuda:0"])
     try:
         service = start_coordinator(folder, pool.addresses(1), "--gpu-memory-utilization", "1e-6")
-        assert service.process.wait(60) == 1
+        line = service.wait_for_failure()
     finally:
         pool.stop()
-    last = service.log.read_text().rstrip().splitlines()[-1]
-    assert "tp_size = 1: rank 0 (cuda:0) needs " in last
-    assert "weights " in last and "no tp size up to " in last
+    assert "tp_size = 1: rank 0 (cuda:0) needs " in line
+    assert "weights " in line and "no tp size up to " in line

@@ -653,36 +653,16 @@ def nobody() -> Iterator[str]:
         yield f"127.0.0.1:{reserved.getsockname()[1]}"
 
 
-def end_of(service: Service) -> tuple[int, str]:
-    """Exit code and log of a service that is expected to end by itself."""
-    try:
-        code = service.process.wait(30)
-    except subprocess.TimeoutExpired:
-        service.process.kill()
-        service.process.wait()
-        raise AssertionError(f"still running:\n{service.log.read_text()}") from None
-    log = service.log.read_text()
-    service.log.unlink()
-    return code, log
-
-
 def failure(model: Path, workers: Sequence[str], *arguments: str) -> str:
     """The one line with which a coordinator ends that can't serve."""
-    code, log = end_of(
-        start(
-            "coordinator",
-            "coordinator",
-            *("--model", str(model), "--workers", ",".join(workers), "--grpc-port", "0"),
-            *("--http-port", "0"),
-            *arguments,
-        )
+    service = start(
+        "coordinator",
+        "coordinator",
+        *("--model", str(model), "--workers", ",".join(workers), "--grpc-port", "0"),
+        *("--http-port", "0"),
+        *arguments,
     )
-    assert code == 1, log
-    assert "Traceback" not in log
-    last = log.rstrip().splitlines()[-1]
-    assert last.startswith("colrow coordinator: "), log
-    assert log.count("colrow coordinator: ") == 1
-    return last
+    return service.wait_for_failure()
 
 
 @pytest.fixture
@@ -761,7 +741,7 @@ class TestAnAddressThatIsNone:
             port = taken.getsockname()[1]
             line = failure(model.folder, [nobody], "--grpc-port", str(port))
             assert f"127.0.0.1:{port}" in line and "in use" in line
-            code, log = end_of(start("worker", "shard_worker", "--port", str(port)))
+            code, log = start("worker", "shard_worker", "--port", str(port)).wait_for_end()
         assert code == 1 and "Traceback" not in log
         assert f"colrow worker: address = '127.0.0.1:{port}'" in log and "in use" in log
 
@@ -779,13 +759,11 @@ class TestAnAddressThatIsNone:
         assert f"worker 1 ({nobody})" in line
 
     def test_duplicate_addresses(self, model: Model) -> None:
-        code, log = end_of(
-            start(
-                "coordinator",
-                "coordinator",
-                *("--model", str(model.folder), "--workers", "127.0.0.1:9,127.0.0.1:9"),
-            )
-        )
+        code, log = start(
+            "coordinator",
+            "coordinator",
+            *("--model", str(model.folder), "--workers", "127.0.0.1:9,127.0.0.1:9"),
+        ).wait_for_end()
         assert code == 2, "wrong usage"
         assert "--workers 127.0.0.1:9,127.0.0.1:9: an address stands there twice" in log
 
@@ -897,7 +875,9 @@ class TestADeviceThatCanNotBeHad:
         self, variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv(variable, value)
-        code, log = end_of(start("worker", "shard_worker", "--port", "0", "--device", "cuda:99"))
+        code, log = start(
+            "worker", "shard_worker", "--port", "0", "--device", "cuda:99"
+        ).wait_for_end()
         assert code == 1
         assert log.startswith(f"colrow worker: {words}") and log.count("\n") == 1, log
 

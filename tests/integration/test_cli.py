@@ -313,7 +313,7 @@ def test_a_coordinator_knows_the_demo_model_by_name(colrow: Colrow) -> None:
         flags = ("--model", "demo", "--workers", NOBODY, "--grpc-port", port, "--http-port", "0")
         done = colrow("coordinator", *flags)
     assert done.returncode == 1
-    assert f"127.0.0.1:{port}" in done.stderr.splitlines()[-1]
+    assert f"127.0.0.1:{port}" in clusters.last_line(done.stderr)
     assert "Traceback" not in done.stderr
 
 
