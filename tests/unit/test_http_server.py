@@ -150,8 +150,8 @@ class Script:
             self.running.discard(request.request_id)
 
     async def until(self, count: int) -> None:
-        """Waits for so many requests to run; a second is more than enough."""
-        async with asyncio.timeout(1.0):
+        """Waits for so many requests to run."""
+        async with asyncio.timeout(10.0):
             while len(self.running) != count:
                 await asyncio.sleep(0.001)
 
