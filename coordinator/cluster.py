@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import numpy as np
+
 from colrow.errors import (
     FailedPrecondition,
     Internal,
@@ -28,9 +30,9 @@ from coordinator.memory_plan import (
 from coordinator.model_folder import ModelFolder
 from coordinator.request import ModelLimits
 from coordinator.scheduler import Scheduler
-from coordinator.shard_group import TAKEN, ShardGroup
+from coordinator.shard_group import TAKEN, Partial, ShardGroup
 from coordinator.shard_plan import ShardPlan, make_plan
-from coordinator.worker_status import Phase
+from coordinator.worker_status import STALE_EPOCH, Phase
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ MAX_REFUSALS = 3  # of steps in a row, after which it is the requests that fail 
 REFUSED_PAUSE_S = 2.0
 # What a worker answers that is there and can't do what it is asked to.
 _REFUSALS = frozenset({"INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"})
+# What is heard of a worker that is gone, or leaves the group.
+_LOSSES = frozenset({"UNAVAILABLE", "ABORTED"})
 
 
 class State(enum.Enum):
@@ -116,12 +120,15 @@ class Cluster:
                 retry_after_s=1.0,
             )
         if self.engine_or_none is None or self.state not in (State.SERVING, State.RECOVERING):
-            raise Unavailable(
-                f"the cluster is {self.state.value}" + (f": {self.error}" if self.error else ""),
-                reason="NOT_SERVING",
-                retry_after_s=1.0,
-            )
+            raise self._not_serving()
         return self.engine_or_none
+
+    def _not_serving(self) -> Unavailable:
+        return Unavailable(
+            f"the cluster is {self.state.value}" + (f": {self.error}" if self.error else ""),
+            reason="NOT_SERVING",
+            retry_after_s=1.0,
+        )
 
     @contextlib.contextmanager
     def call(self) -> Iterator[Engine]:
@@ -261,15 +268,53 @@ class Cluster:
             self._num_refusals = 0
 
     def _give_requests_up(self, engine: Engine) -> None:
-        limit = self.config.recovery_timeout_s
-        log.error("not recovered within %g s: requests fail", limit)
-        engine.fail(
-            Unavailable(
-                f"the cluster has not recovered within {limit:g} s: {self.error}",
-                reason="NOT_RECOVERED",
-                retry_after_s=GIVEN_UP_RETRY_S,
-            )
+        log.error("not recovered within %g s: requests fail", self.config.recovery_timeout_s)
+        engine.fail(self._not_recovered())
+
+    def _not_recovered(self) -> Unavailable:
+        return Unavailable(
+            f"the cluster has not recovered within {self.config.recovery_timeout_s:g} s: {self.error}",
+            reason="NOT_RECOVERED",
+            retry_after_s=GIVEN_UP_RETRY_S,
         )
+
+    async def compute_partial(
+        self, module: str, activation: np.ndarray, max_output_bytes: int
+    ) -> list[Partial]:
+        """Every rank's partial output of one module, all of one epoch.
+
+        While the group recovers it waits, and asks the next one; Unavailable when that takes longer than
+        `recovery_timeout_s`.
+        """
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self.config.recovery_timeout_s
+        while True:
+            await self._until_serving(give_up)
+            try:
+                return await self.group.compute_partial(module, activation, max_output_bytes)
+            except ServiceError as error:
+                if error.code not in _LOSSES and error.reason != STALE_EPOCH:
+                    raise
+                if loop.time() >= give_up:
+                    raise self._not_recovered() from error
+                log.warning("%s is to be computed anew: %s", module, error)
+            # If a worker is lost the watch sees it within this time. If not, it is asked again.
+            changed = self._changed
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.heartbeat_timeout_s):
+                    await changed.wait()
+
+    async def _until_serving(self, give_up: float) -> None:
+        """Returns while steps are run; Unavailable when they are not by `give_up`, of the loop's clock,
+        or never will be."""
+        try:
+            async with asyncio.timeout_at(give_up):
+                while self._stage is State.RECOVERING:
+                    await self._changed.wait()
+        except TimeoutError as error:
+            raise self._not_recovered() from error
+        if self._stage is not State.SERVING:
+            raise self._not_serving()
 
     async def _form(self, timeout_s: float) -> None:
         """Joins the workers, in a new epoch, and has them loaded and ready for step 1."""

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from colrow.errors import InvalidArgument, NotFound, ResourceExhausted, shown
-from colrow.rpc import MAX_MESSAGE_BYTES, Server
+from colrow.errors import InvalidArgument, NotFound, shown
+from colrow.rpc import MAX_MESSAGE_BYTES, MESSAGE_OVERHEAD_BYTES, Server
 from colrow.rpc_access import AuthorizeInterceptor
 from colrow.tls import Tls
 from colrow.v1 import (
@@ -239,21 +239,15 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
                 activation = tensors.array(request.activation, "activation")
             layer_run = await run_layer.run(
                 self._cluster.model.spec,
-                self._cluster.group.compute_partial,
+                self._cluster.compute_partial,
                 layer=request.layer if request.HasField("layer") else None,
                 module=request.module,
                 activation=activation,
                 num_tokens=request.num_tokens or 4,
                 seed=request.seed,
+                max_bytes=MAX_MESSAGE_BYTES - MESSAGE_OVERHEAD_BYTES,
             )
-        response = operators.layer_response(layer_run)
-        if response.ByteSize() > MAX_MESSAGE_BYTES:
-            raise ResourceExhausted(
-                f"the answer takes {response.ByteSize()} bytes of at most {MAX_MESSAGE_BYTES}; "
-                "send fewer tokens",
-                reason="ANSWER_TOO_LARGE",
-            )
-        return response
+        return operators.layer_response(layer_run)
 
     async def TimeCommunication(
         self, request: _control_pb.TimeCommunicationRequest, context: grpc.aio.ServicerContext

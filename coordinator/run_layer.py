@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colrow.errors import InvalidArgument
+from colrow.errors import AnswerTooLarge, InvalidArgument, ServiceError
 from coordinator.model_spec import Combine, ModelSpec, ParameterSpec
 from coordinator.shard_group import Partial
 
 MAX_TOKENS = 4096
 
-ComputePartial = Callable[[str, np.ndarray], Awaitable[list[Partial]]]
+ComputePartial = Callable[[str, np.ndarray, int], Awaitable[list[Partial]]]
+"""Of a module by its name and its input; no rank's output takes more than so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class ModuleRun:
     partials: tuple[Partial, ...]
     output: np.ndarray
 
+    @property
+    def num_bytes(self) -> int:
+        partials = sum(partial.output.nbytes for partial in self.partials)
+        return self.input.nbytes + partials + self.output.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
@@ -35,6 +41,11 @@ class LayerRun:
 
     runs: tuple[ModuleRun, ...]
     output: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(run.num_bytes for run in self.runs) + self.output.nbytes
 
 
 def combine_partials(partials: Sequence[Partial]) -> np.ndarray:
@@ -108,25 +119,44 @@ async def run(
     activation: np.ndarray | None,
     num_tokens: int = 4,
     seed: int = 0,
+    max_bytes: int,
 ) -> LayerRun:
-    """Runs one module, or all of a layer's when `module` is empty."""
+    """Runs one module, or all of a layer's when `module` is empty.
+
+    AnswerTooLarge, as early as that is seen, where its tensors would take over `max_bytes`.
+    """
     name = full_name(spec, layer, module)
     x = noise(spec, name, num_tokens, seed) if activation is None else activation
     if x.shape and x.shape[0] > MAX_TOKENS:
         raise InvalidArgument("activation.shape", x.shape, f"are more than {MAX_TOKENS} tokens")
+    runs: list[ModuleRun] = []
+
+    async def run_module(name: str, x: np.ndarray) -> np.ndarray:
+        taken = sum(run.num_bytes for run in runs) + x.nbytes
+        if taken > max_bytes:
+            raise AnswerTooLarge(max_bytes)
+        # Beside a partial output there is at least the whole one, in its run and in the answer.
+        left = (max_bytes - taken) // 3
+        try:
+            partials = tuple(await compute_partial(name, x, left))
+        except ServiceError as error:
+            if (
+                error.reason == AnswerTooLarge.reason
+            ):  # of what was left, which says nothing to a user
+                raise AnswerTooLarge(max_bytes) from error
+            raise
+        combine = Combine(partials[0].combine)
+        runs.append(ModuleRun(name, combine, x, partials, combine_partials(partials)))
+        return runs[-1].output
+
     whole_layer = layer is not None and not module
-    if not whole_layer:
-        only = await _run_module(compute_partial, name, x)
-        return LayerRun((only,), only.output)
-    runs = []
-    for block in spec.blocks:
-        norm = await _run_module(compute_partial, f"{name}.{block.norm}", x)
-        body = await _run_module(compute_partial, f"{name}.{block.body}", norm.output)
-        x = x + body.output
-        runs += [norm, body]
-    return LayerRun(tuple(runs), x)
-
-
-async def _run_module(compute_partial: ComputePartial, name: str, x: np.ndarray) -> ModuleRun:
-    partials = tuple(await compute_partial(name, x))
-    return ModuleRun(name, Combine(partials[0].combine), x, partials, combine_partials(partials))
+    if whole_layer:
+        for block in spec.blocks:
+            norm = await run_module(f"{name}.{block.norm}", x)
+            x = x + await run_module(f"{name}.{block.body}", norm)
+    else:
+        x = await run_module(name, x)
+    layer_run = LayerRun(tuple(runs), x)
+    if layer_run.num_bytes > max_bytes:
+        raise AnswerTooLarge(max_bytes)
+    return layer_run

@@ -109,7 +109,7 @@ class Worker(Protocol):
         planned: MemoryLedger,
     ) -> int: ...
     async def compute_partial(
-        self, *, epoch: int, module: str, activation: np.ndarray
+        self, *, epoch: int, module: str, activation: np.ndarray, max_output_bytes: int
     ) -> Partial: ...
     async def abort(self, *, epoch: int, timeout_s: float) -> None: ...
     def open_steps(self) -> None: ...
@@ -452,11 +452,16 @@ class ShardGroup:
                 )
         return replace(first, by_rank=tuple([answer.times for answer in answers]))
 
-    async def compute_partial(self, module: str, activation: np.ndarray) -> list[Partial]:
-        """Every rank's partial output of one module."""
+    async def compute_partial(
+        self, module: str, activation: np.ndarray, max_output_bytes: int
+    ) -> list[Partial]:
+        """Every rank's partial output of one module; AnswerTooLarge where one takes more than that."""
         return await self._all(
             lambda rank, worker: worker.compute_partial(
-                epoch=self.epoch, module=module, activation=activation
+                epoch=self.epoch,
+                module=module,
+                activation=activation,
+                max_output_bytes=max_output_bytes,
             )
         )
 

@@ -157,9 +157,14 @@ class WorkerClient:
         response = await _answer(self._stub.AllocateKvCache(request, timeout=CALL_TIMEOUT_S))
         return response.kv_cache_bytes
 
-    async def compute_partial(self, *, epoch: int, module: str, activation: np.ndarray) -> Partial:
+    async def compute_partial(
+        self, *, epoch: int, module: str, activation: np.ndarray, max_output_bytes: int
+    ) -> Partial:
         request = _pb.ComputePartialRequest(
-            epoch=epoch, module=module, activation=tensors.tensor_message(activation)
+            epoch=epoch,
+            module=module,
+            activation=tensors.tensor_message(activation),
+            max_output_bytes=max_output_bytes,
         )
         return workers.partial(
             await _answer(self._stub.ComputePartial(request, timeout=CALL_TIMEOUT_S))

@@ -4,7 +4,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from colrow.errors import DeadlineExceeded, ServiceError, Unavailable
+from colrow.errors import AnswerTooLarge, DeadlineExceeded, ServiceError, Unavailable
 from colrow.memory import GraphSizes, MemoryLedger
 
 UNREACHABLE = "WORKER_UNREACHABLE"
@@ -13,6 +13,11 @@ STALE_EPOCH = "STALE_EPOCH"  # of a worker that is in a group of another epoch, 
 
 _LOST = {UNREACHABLE, STREAM_ENDED, Unavailable.reason, DeadlineExceeded.reason}
 """Reasons of errors that no worker sent: nobody was there to do so. A worker that sends one is there."""
+
+
+def _is_of_the_call(error: ServiceError) -> bool:
+    """It says something of what a user has asked for, and nothing of the worker."""
+    return error.code in ("INVALID_ARGUMENT", "NOT_FOUND") or error.reason == AnswerTooLarge.reason
 
 
 class Phase(enum.Enum):
@@ -150,8 +155,8 @@ class WorkerStatus:
 
     def failed(self, error: ServiceError) -> None:
         """A call to it failed. While it is lost that is nothing new: what came first says more."""
-        if self.phase is Phase.LOST or error.code == "INVALID_ARGUMENT":
-            return  # the latter is what a user asked for
+        if self.phase is Phase.LOST or _is_of_the_call(error):
+            return
         self.note(error.message)
         # One that was never there is no loss: it is waited for.
         if error.reason in _LOST and self.phase is not Phase.CONNECTING:

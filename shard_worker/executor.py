@@ -415,9 +415,9 @@ class Executor:
         return await self._device.read(read)
 
     async def compute_partial(
-        self, epoch: int, module: str, activation: Tensor
+        self, epoch: int, module: str, activation: Tensor, max_bytes: int
     ) -> tuple[int, Partial]:
-        """One module alone, between steps -> this rank and its partial output."""
+        """One module alone, between steps -> this rank and its output, of at most `max_bytes`."""
         group = self._check(epoch, State.LOADED, State.READY)
         held, device = self._shard, self._device.device
         assert held is not None
@@ -425,7 +425,7 @@ class Executor:
 
         def compute() -> Partial:
             x = activation.to(device, dtype)
-            partial = compute_partial(held.model, held.tensors.layout, module, x)
+            partial = compute_partial(held.model, held.tensors.layout, module, x, max_bytes)
             return replace(partial, output=partial.output.cpu())
 
         partial = await self._device.run(compute)

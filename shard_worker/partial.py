@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colrow.errors import InvalidArgument, NotFound, shown
+from colrow.errors import AnswerTooLarge, InvalidArgument, NotFound, shown
 from shard_worker.forward_batch import ForwardBatch
 from shard_worker.layers.embedding import Embedding, VocabParallelEmbedding, VocabParallelLMHead
 from shard_worker.layers.linear import ColumnParallelLinear, RowParallelBlock, RowParallelLinear
@@ -18,6 +18,8 @@ from shard_worker.models import Model
 from shard_worker.sharding import ShardLayout
 
 MAX_TOKENS = 4096
+OUTPUT_ITEMSIZE = 4
+"""Outputs travel as float32, whatever the model's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,27 @@ def _find(model: Model, name: str) -> object:
     return found
 
 
+def _output_features(module: object, model: Model, layout: ShardLayout, name: str) -> int:
+    """How many columns this rank's output of the module has."""
+    match module:
+        case RMSNorm() | LayerNorm():
+            return module.weight.shape[0]
+        case _Part():
+            return sum(stop - start for start, stop in layout.slices(f"{name}.weight"))
+        case VocabParallelLMHead():
+            return module.stop - module.start
+    return model.lm_head.weight.shape[1]  # what all others give is the hidden state
+
+
 @torch.inference_mode()
-def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Tensor) -> Partial:
+def compute_partial(
+    model: Model, layout: ShardLayout, name: str, activation: Tensor, max_bytes: int
+) -> Partial:
     """Runs one module on its whole input and gives this rank's partial output.
 
     `activation` is [num_tokens, features] in the model's type, or int64 [num_tokens] for an embedding.
-    InvalidArgument names the shape that the module takes; NotFound, the module.
+    InvalidArgument names the shape that the module takes; NotFound, the module; AnswerTooLarge where the
+    output would take over `max_bytes` as float32, before it is computed.
     """
     module = _find(model, name)
     # The device does nothing else meanwhile, and attention takes the square of it.
@@ -80,6 +97,10 @@ def compute_partial(model: Model, layout: ShardLayout, name: str, activation: Te
         raise InvalidArgument(
             "activation.shape", tuple(activation.shape), f"are more than {MAX_TOKENS} tokens"
         )
+    if activation.dim():
+        features = _output_features(module, model, layout, name)
+        if activation.shape[0] * features * OUTPUT_ITEMSIZE > max_bytes:
+            raise AnswerTooLarge(max_bytes)
     if isinstance(module, VocabParallelEmbedding | Embedding):
         _check_ids(activation, layout.parameters[f"{name}.weight"].shape[0])
         if isinstance(module, Embedding):

@@ -89,6 +89,15 @@ class ResourceExhausted(ServiceError):
     reason = "EXHAUSTED"
 
 
+class AnswerTooLarge(ResourceExhausted):
+    """An answer would take more than a message carries, or than the caller takes."""
+
+    reason = "ANSWER_TOO_LARGE"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the answer takes over {max_bytes} bytes; send fewer tokens")
+
+
 class Unavailable(ServiceError):
     """The service can't answer now and may do so later."""
 

@@ -72,6 +72,23 @@ def test_a_stream_goes_on_when_a_worker_is_killed_and_only_that_one_loads_again(
         assert (after.scheduler.kv_blocks_used, after.error) == (0, "")
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_layers_are_run_whatever_becomes_of_a_worker(victim: int, folder: Path) -> None:
+    with running(folder) as cluster:
+
+        def run() -> bytes:
+            return cluster.client.run_layer(layer=0, num_tokens=256, seed=1).output.data
+
+        expected = run()
+        cluster.supervisor.signal(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        while not (recoveries := cluster.client.cluster().recoveries):
+            assert run() == expected
+            assert time.monotonic() - killed < 60
+        assert recoveries == 1
+        assert run() == expected
+
+
 def test_a_worker_that_hangs_is_found_in_time_and_goes_on_where_it_wakes(
     folder: Path, expected: list[int]
 ) -> None:

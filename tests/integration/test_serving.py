@@ -310,16 +310,20 @@ class TestGenerate:
         eventually(lambda: is_idle(running), "no blocks in use")
         assert "Paris" in text(running.client.generate(CAPITAL, max_tokens=32, temperature=0))
 
-    def test_an_answer_that_no_message_could_carry_is_refused_with_its_size(
-        self, running: RunningCluster
+    @pytest.mark.parametrize("num_tokens", [150, 512, 4096])
+    def test_an_answer_that_no_message_could_carry_is_refused_and_harms_nobody(
+        self, num_tokens: int, running: RunningCluster
     ) -> None:
+        """Of 150 tokens each rank could send its logits, of 4096 none."""
         with pytest.raises(ServiceError, match="send fewer tokens") as refused:
-            running.client.run_layer(module="lm_head", num_tokens=512)
+            running.client.run_layer(module="lm_head", num_tokens=num_tokens)
         assert (refused.value.code, refused.value.reason) == (
             "RESOURCE_EXHAUSTED",
             "ANSWER_TOO_LARGE",
         )
         assert running.client.run_layer(module="lm_head", num_tokens=1).runs
+        now = running.client.cluster()
+        assert (now.recoveries, [worker.error for worker in now.workers]) == (0, ["", ""])
 
 
 # The other calls

@@ -84,11 +84,10 @@ class Worker:
         request = _worker.AbortGroupRequest(epoch=self.epoch if epoch is None else epoch)
         return self.stub.AbortGroup(request, timeout=20)
 
-    def compute(self, epoch: int | None = None) -> Any:
+    def compute(self, epoch: int | None = None, **fields: Any) -> Any:
+        given: dict[str, Any] = {"module": "model.norm", "activation": floats(1, 72)} | fields
         request = _worker.ComputePartialRequest(
-            epoch=self.epoch if epoch is None else epoch,
-            module="model.norm",
-            activation=floats(1, 72),
+            epoch=self.epoch if epoch is None else epoch, **given
         )
         return self.stub.ComputePartial(request, timeout=20)
 
@@ -501,6 +500,35 @@ class TestSteps:
         # The sequence that was there is none the worse for it.
         (after,) = worker.execute(step(3, chunks=[chunk(1, 1)]))
         assert [*tokens, *after.token_ids] == worker.model.expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("module", "num_inputs", "num_outputs"),
+    [
+        ("model.norm", 72, 72),
+        ("model.layers.0.self_attn.q_proj", 72, 72),
+        ("model.layers.0.mlp.gate_proj", 72, 104),
+        ("model.layers.0.mlp.down_proj", 104, 72),
+        ("model.layers.0.mlp", 72, 72),
+        ("lm_head", 72, VOCAB_SIZE),
+    ],
+)
+def test_an_output_that_the_caller_does_not_take_is_not_computed(
+    module: str, num_inputs: int, num_outputs: int, worker: Worker
+) -> None:
+    worker.make_ready()
+    fields: dict[str, Any] = {"module": module, "activation": floats(3, num_inputs)}
+    size = 3 * num_outputs * 4
+    answer = worker.compute(**fields, max_output_bytes=size)
+    assert len(answer.output.data) == size
+    for limit in (size - 1, 0):
+        info = refusal(
+            partial(worker.compute, **fields, max_output_bytes=limit),
+            "RESOURCE_EXHAUSTED",
+            f"over {limit} bytes",
+        )
+        assert info.reason == "ANSWER_TOO_LARGE"
+    assert len(worker.compute(**fields).output.data) == size
 
 
 def test_errors_of_the_small_client_are_the_contracts(own_pool: WorkerPool) -> None:

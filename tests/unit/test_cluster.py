@@ -7,10 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from colrow import __version__
-from colrow.errors import Internal, InvalidArgument, ServiceError, Unavailable
+from colrow.errors import (
+    Aborted,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ServiceError,
+    Unavailable,
+)
 from colrow.memory import MemoryLedger, MemoryUse
 from coordinator.block_manager import BlockManager
 from coordinator.cluster import MAX_REFUSALS, Cluster, State
@@ -174,6 +182,78 @@ async def test_the_time_that_requests_wait_spans_groups_that_form_and_fail(
     with pytest.raises(Unavailable, match="has not recovered"):
         await failing.request
     assert caplog.text.count("requests fail") == 1, "they are given up once"
+
+
+# One module alone, while workers come and go
+
+
+class Lost:
+    """A group whose workers answer what `answers` say, by turns."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def compute_partial(self, module: str, x: np.ndarray, max_output_bytes: int) -> list[Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, ServiceError):
+            raise answer
+        return answer
+
+
+def computing(cluster: Cluster, *answers: Any) -> "asyncio.Task[list[Any]]":
+    group: Any = Lost(*answers)
+    cluster.group = group
+    return asyncio.create_task(cluster.compute_partial("m", np.zeros(1), 100))
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+STALE = FailedPrecondition("there is no group", reason="STALE_EPOCH")
+
+
+@pytest.mark.parametrize("error", [Unavailable("gone"), Aborted("left"), STALE])
+async def test_a_module_is_computed_anew_when_the_group_has_recovered(
+    error: ServiceError, cluster: Cluster
+) -> None:
+    task = computing(cluster, error, error, ["output"])
+    await turns()
+    assert not task.done()
+    for _ in range(2):
+        cluster._set_state(State.RECOVERING)
+        await turns()
+        assert not task.done()
+        cluster._set_state(State.SERVING)
+        await turns()
+    assert await task == ["output"]
+
+
+async def test_it_is_asked_again_where_the_watch_finds_nothing_amiss(cluster: Cluster) -> None:
+    cluster.config = replace(cluster.config, heartbeat_timeout_s=0.01)
+    async with asyncio.timeout(10):
+        assert await computing(cluster, Unavailable("a moment"), ["output"]) == ["output"]
+
+
+async def test_it_is_given_up_in_the_time_that_requests_have(cluster: Cluster) -> None:
+    cluster.config = replace(cluster.config, recovery_timeout_s=0.05, heartbeat_timeout_s=0.01)
+    with pytest.raises(Unavailable) as raised:
+        await computing(cluster, *[Unavailable("gone")] * 100)
+    assert raised.value.reason == "NOT_RECOVERED"
+    cluster._set_state(State.RECOVERING)
+    with pytest.raises(Unavailable) as raised:
+        await computing(cluster, ["never asked for"])
+    assert raised.value.reason == "NOT_RECOVERED"
+
+
+async def test_what_is_refused_is_not_asked_again(cluster: Cluster) -> None:
+    with pytest.raises(InvalidArgument):
+        await computing(cluster, InvalidArgument("module", "m", "is none"), ["never"])
+    cluster._set_state(State.FAILED)
+    with pytest.raises(Unavailable) as raised:
+        await computing(cluster, ["never"])
+    assert raised.value.reason == "NOT_SERVING"
 
 
 # What is left of a GPU's memory

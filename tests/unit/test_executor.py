@@ -378,9 +378,11 @@ async def test_a_partial_output_of_a_group_that_is_gone_is_no_answer(
 ) -> None:
     await load(executor, request_of_one)
     x = torch.zeros(1, request_of_one.config["hidden_size"])
-    rank, partial = await executor.compute_partial(1, "model.layers.0.mlp.gate_proj", x)
+    rank, partial = await executor.compute_partial(1, "model.layers.0.mlp.gate_proj", x, 2**20)
     assert (rank, partial.combine) == (0, "concat")
-    computing = asyncio.create_task(executor.compute_partial(1, "model.layers.0.mlp.gate_proj", x))
+    computing = asyncio.create_task(
+        executor.compute_partial(1, "model.layers.0.mlp.gate_proj", x, 2**20)
+    )
     await asyncio.sleep(0)
     aborting = asyncio.create_task(executor.abort(1))
     with pytest.raises(FailedPrecondition, match="there is no group"):

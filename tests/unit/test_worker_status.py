@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from colrow.errors import Aborted, DeadlineExceeded, InvalidArgument, ServiceError, Unavailable
+from colrow.errors import (
+    Aborted,
+    AnswerTooLarge,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ServiceError,
+    Unavailable,
+)
 from coordinator.convert import descriptions
 from coordinator.worker_status import UNREACHABLE, Phase, WorkerDescription, WorkerStatus
 from shard_worker import convert
@@ -69,8 +77,18 @@ def test_a_worker_that_says_what_is_wrong_is_not_lost(
     assert serving.error == f"serving after step 17: {error.message}"
 
 
-def test_what_a_user_asked_for_is_no_failure_of_the_worker(serving: WorkerStatus) -> None:
-    serving.failed(InvalidArgument("activation", 1, "has no features"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidArgument("activation", 1, "has no features"),
+        NotFound("there is no such module", reason="UNKNOWN_MODULE"),
+        AnswerTooLarge(100),
+    ],
+)
+def test_what_a_user_asked_for_is_no_failure_of_the_worker(
+    error: ServiceError, serving: WorkerStatus
+) -> None:
+    serving.failed(error)
     assert (serving.phase, serving.error) == (Phase.SERVING, "")
 
 
