@@ -290,6 +290,7 @@ class Cluster:
         give_up = loop.time() + self.config.recovery_timeout_s
         while True:
             await self._until_serving(give_up)
+            changed = self._changed
             try:
                 return await self.group.compute_partial(module, activation, max_output_bytes)
             except ServiceError as error:
@@ -298,8 +299,7 @@ class Cluster:
                 if loop.time() >= give_up:
                     raise self._not_recovered() from error
                 log.warning("%s is to be computed anew: %s", module, error)
-            # If a worker is lost the watch sees it within this time. If not, it is asked again.
-            changed = self._changed
+            # If a worker is lost the watch sees it within this time, or has. If not, it is asked again.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.heartbeat_timeout_s):
                     await changed.wait()

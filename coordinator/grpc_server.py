@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from colrow.errors import InvalidArgument, NotFound, shown
-from colrow.rpc import MAX_MESSAGE_BYTES, MESSAGE_OVERHEAD_BYTES, Server
+from colrow.rpc import MAX_TENSOR_BYTES, Server
 from colrow.rpc_access import AuthorizeInterceptor
 from colrow.tls import Tls
 from colrow.v1 import (
@@ -245,7 +245,7 @@ class ControlServicer(control_service_pb2_grpc.ControlServiceServicer):
                 activation=activation,
                 num_tokens=request.num_tokens or 4,
                 seed=request.seed,
-                max_bytes=MAX_MESSAGE_BYTES - MESSAGE_OVERHEAD_BYTES,
+                max_bytes=MAX_TENSOR_BYTES,
             )
         return operators.layer_response(layer_run)
 

@@ -140,11 +140,10 @@ async def run(
         try:
             partials = tuple(await compute_partial(name, x, left))
         except ServiceError as error:
-            if (
-                error.reason == AnswerTooLarge.reason
-            ):  # of what was left, which says nothing to a user
-                raise AnswerTooLarge(max_bytes) from error
-            raise
+            if error.reason != AnswerTooLarge.reason:
+                raise
+            # The rank says what was left for it, which tells a user nothing.
+            raise AnswerTooLarge(max_bytes) from error
         combine = Combine(partials[0].combine)
         runs.append(ModuleRun(name, combine, x, partials, combine_partials(partials)))
         return runs[-1].output

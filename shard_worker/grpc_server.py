@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from colrow.rpc import MAX_MESSAGE_BYTES, MESSAGE_OVERHEAD_BYTES, Server
+from colrow.rpc import MAX_TENSOR_BYTES, Server
 from colrow.rpc_access import PeerInterceptor
 from colrow.tls import Tls
 from colrow.v1 import shard_worker_service_pb2, shard_worker_service_pb2_grpc
@@ -126,7 +126,7 @@ class ShardWorkerServicer(shard_worker_service_pb2_grpc.ShardWorkerServiceServic
     async def ComputePartial(
         self, request: _pb.ComputePartialRequest, context: grpc.aio.ServicerContext
     ) -> _pb.ComputePartialResponse:
-        limit = MAX_MESSAGE_BYTES - MESSAGE_OVERHEAD_BYTES
+        limit = MAX_TENSOR_BYTES
         if request.HasField("max_output_bytes"):
             limit = min(limit, request.max_output_bytes)
         activation = convert.tensor(request.activation, "activation")

@@ -18,8 +18,6 @@ from shard_worker.models import Model
 from shard_worker.sharding import ShardLayout
 
 MAX_TOKENS = 4096
-OUTPUT_ITEMSIZE = 4
-"""Outputs travel as float32, whatever the model's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +67,14 @@ def _find(model: Model, name: str) -> object:
     return found
 
 
-def _output_features(module: object, model: Model, layout: ShardLayout, name: str) -> int:
-    """How many columns this rank's output of the module has."""
+def _columns(module: object, layout: ShardLayout, name: str) -> tuple[tuple[int, int], ...]:
+    """Which columns of the whole output this rank has, of a module whose outputs are concatenated."""
     match module:
-        case RMSNorm() | LayerNorm():
-            return module.weight.shape[0]
         case _Part():
-            return sum(stop - start for start, stop in layout.slices(f"{name}.weight"))
+            return layout.slices(f"{name}.weight")
         case VocabParallelLMHead():
-            return module.stop - module.start
-    return model.lm_head.weight.shape[1]  # what all others give is the hidden state
+            return ((module.start, module.stop),)
+    return ()
 
 
 @torch.inference_mode()
@@ -97,10 +93,14 @@ def compute_partial(
         raise InvalidArgument(
             "activation.shape", tuple(activation.shape), f"are more than {MAX_TOKENS} tokens"
         )
-    if activation.dim():
-        features = _output_features(module, model, layout, name)
-        if activation.shape[0] * features * OUTPUT_ITEMSIZE > max_bytes:
-            raise AnswerTooLarge(max_bytes)
+    columns = _columns(module, layout, name)
+    hidden_size = model.lm_head.weight.shape[1]
+    # A norm within a head gives less than the hidden state, all others without columns give that.
+    features = sum(stop - start for start, stop in columns) or hidden_size
+    if isinstance(module, RMSNorm | LayerNorm):
+        features = module.weight.shape[0]
+    if activation.dim() and activation.shape[0] * features * torch.float32.itemsize > max_bytes:
+        raise AnswerTooLarge(max_bytes)
     if isinstance(module, VocabParallelEmbedding | Embedding):
         _check_ids(activation, layout.parameters[f"{name}.weight"].shape[0])
         if isinstance(module, Embedding):
@@ -117,15 +117,15 @@ def compute_partial(
         case _Part(linear=linear, name=part):
             weight = layout.parameters[f"{name}.weight"]
             _check_features(activation, weight.shape[1 - (weight.split_dim or 0)])
-            return Partial(linear.part(part, activation), "concat", layout.slices(f"{name}.weight"))
+            return Partial(linear.part(part, activation), "concat", columns)
         case RowParallelLinear():
             _check_features(activation, module.whole_inputs)
             return Partial(module.partial(module.select(activation)), "sum")
         case VocabParallelLMHead():
             _check_features(activation, module.weight.shape[1])
-            return Partial(module(activation), "concat", ((module.start, module.stop),))
+            return Partial(module(activation), "concat", columns)
         case RowParallelBlock():
-            _check_features(activation, model.lm_head.weight.shape[1])
+            _check_features(activation, hidden_size)
             # The tokens are one sequence from position 0 on.
             ids = torch.arange(activation.shape[0], device=activation.device)
             batch = ForwardBatch(token_ids=ids, positions=ids, slot_mapping=ids)

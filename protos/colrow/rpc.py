@@ -27,8 +27,8 @@ from colrow.tls import Tls
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-MESSAGE_OVERHEAD_BYTES = 64 * 1024
-"""More than names and shapes take beside the tensors of a message."""
+MAX_TENSOR_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
+"""Of all tensors in a message: names and shapes take less than what is left."""
 MAX_METADATA_BYTES = 16 * 1024  # of one call, as gRPC counts it: 32 bytes an entry come on top
 MAX_ERROR_BYTES = 1200  # of an error's message, which is sent twice and once with escapes
 MAX_DETAIL_BYTES = 300  # of a value in an ErrorInfo

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,16 @@ from typing import Any
 import grpc
 import httpx2
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colrow.v1 import control_service_pb2, inference_service_pb2, tensor_pb2
 from tests import checkpoints
 from tests.clusters import RunningCluster, WorkerPool, cluster
+from tests.pulse import LONGEST_PAUSE_S, Pulse
 
 pytestmark = pytest.mark.timeout(120)
 
 _inference = inference_service_pb2
 _control = control_service_pb2
-
-# On idle cores the worst is a fifth of it; each of these took 6 to 60 s before it was looked after.
-LONGEST_PAUSE_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -148,33 +143,6 @@ LARGE: dict[str, tuple[Callable[[Stubs, Path], Any], str]] = {
         "NOT_FOUND",
     ),
 }
-
-
-class Pulse:
-    """Asks for health all the time; `longest_s` is the worst answer."""
-
-    def __init__(self, target: str) -> None:
-        options = [("grpc.use_local_subchannel_pool", 1)]  # not behind what the test sends
-        self._channel = grpc.insecure_channel(target, options=options)
-        self._stub = health_pb2_grpc.HealthStub(self._channel)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.longest_s = 0.0
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.01):
-            began = time.monotonic()
-            self._stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
-            self.longest_s = max(self.longest_s, time.monotonic() - began)
-
-    def __enter__(self) -> Pulse:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._channel.close()
 
 
 @pytest.mark.parametrize("case", LARGE)
